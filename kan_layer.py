@@ -1,0 +1,463 @@
+"""KANLayer: a linear layer whose every edge is a learned curve.
+
+Where nn.Linear multiplies input f by one number on its way to output o, KANLayer sends it through a curve of its
+own, a uniform linear B-spline. Evaluating a curve is three steps: find the interval, look up its two control
+points, interpolate.
+
+The maths. A curve is given by its values at N knots, evenly spaced by h = spline_width / (N - 1) on
+[-spline_width / 2, spline_width / 2]:
+
+    u = (x[f] + spline_width / 2) / h        position in knots
+    i = clamp(floor(u), 0, N - 2)            interval; clamped, so the end pieces go on as straight lines
+    t = u - i                                in [0, 1) inside the domain, beyond it outside
+    y[o] = sum_f (1 - t) * C[f, i, o] + t * C[f, i + 1, o]
+
+    dL/dC[f, i]     += (1 - t) * g           g = dL/dy
+    dL/dC[f, i + 1] += t * g
+    dL/dx[f] = <g, C[f, i + 1] - C[f, i]> / h
+
+Control points are values of the curve at its knots, in the units of x: a curve with C[n] = knot[n] is the identity.
+
+The same sum can be read as a look-up (two rows of C per feature, a cost independent of N) or as a matrix product
+A @ C, where row A[b] holds the N hat functions of each feature, two of them non-zero ("hat GEMM": N/2 times the
+flops of the look-up, but at the speed of a matrix product). Both are below; impl="auto" chooses.
+
+Legend of shapes
+    B  tokens (all leading dimensions, flattened)       F  in_features        x  (B, F)
+    N  num_control_points                               O  out_features       C  (F, N, O), the table; y  (B, O)
+
+The idea of the layer is from KANditioned (https://github.com/cats-marin/KANditioned); its saved B-spline weights
+load here.
+"""
+
+import functools
+import math
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+INITS = ("random_normal", "identity", "zero")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where does x fall?
+
+
+def locate(x, num_control_points, spline_width):
+    """Interval i (int64) and position t within it, both shaped like x; t keeps the gradient with respect to x.
+
+    x is float32 or float64: with 256 knots bfloat16 is off by a whole interval. NaN gets interval 0 and t = NaN, infinities
+    an end interval and an infinite t: the index is always valid and the token's outputs always show it.
+    """
+    u = (x + spline_width / 2) * ((num_control_points - 1) / spline_width)
+    i = u.detach().floor().nan_to_num(0.0).clamp(0, num_control_points - 2)
+    return i.long(), u - i
+
+
+def at_least_float32(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Four ways to evaluate the layer. Each takes x (B, F), the table (F, N, O) and the width, and returns y (B, O) in
+# the table's dtype. x is in float32 or better; its weights are rounded to the table's dtype only to be multiplied.
+
+MAX_LOOKUPS = 2**26 - 1  # ATen's CUDA kernel numbers its threads, 32 to a look-up, in int32: more would wrap around
+
+
+def embedding_bag(x, table, spline_width):
+    """The look-up: F.embedding_bag sums each token's 2F rows as it reads them.
+
+    The forward's cost does not depend on N. The backward needs the indices and weights again and saves them, 24 bytes
+    a look-up. Under torch.compile the arithmetic of the addresses becomes one kernel, the bag itself stays ATen's.
+    """
+    in_features, N, _ = table.shape
+    first_row = torch.arange(in_features, device=x.device) * N
+    outputs = []
+    for chunk in split_tokens(x, max(1, MAX_LOOKUPS // (2 * in_features))):
+        i, t = locate(chunk, N, spline_width)
+        rows = torch.stack((first_row + i, first_row + i + 1), dim=2).flatten(1)  # (B, 2F)
+        weights = torch.stack((1 - t, t), dim=2).flatten(1).to(table.dtype)
+        outputs.append(F.embedding_bag(rows, table.flatten(0, 1), per_sample_weights=weights, mode="sum"))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def embedding(x, table, spline_width):
+    """The definition, word for word: gather both control points of every edge, interpolate, sum over the features.
+
+    It holds (B, F, 2, O) numbers, 116 GB for one GPT-2 micro-batch of 12 x 1024 tokens: to read and to check with.
+    """
+    in_features, N, _ = table.shape
+    i, t = locate(x, N, spline_width)
+    rows = torch.arange(in_features, device=x.device) * N + i
+    below, above = F.embedding(torch.stack((rows, rows + 1), dim=2), table.flatten(0, 1)).unbind(2)  # (B, F, O) each
+    return torch.lerp(below, above, t.unsqueeze(2).to(table.dtype)).sum(1)
+
+
+def csr(x, table, spline_width):
+    """A @ C with A stored as a sparse matrix in CSR form: 2F non-zeros a row, all rows of the same length."""
+    return csr_matmul(x, table, float(spline_width))
+
+
+def dense(x, table, spline_width):
+    """A @ C with A written out, some tokens at a time: 2*B*N*F*O flops, all in matrix products. Saves only x."""
+    return HatMatmul.apply(x, table, spline_width)
+
+
+def split_tokens(x, tokens):
+    return [x[start : start + tokens] for start in range(0, max(1, x.shape[0]), tokens)]
+
+
+def sparse_hats(x, table, spline_width, layout=torch.sparse_csr):
+    """A (B, F*N) in CSR form; with layout=torch.sparse_csc the same three arrays are its transpose (F*N, B)."""
+    in_features, N, _ = table.shape
+    i, t = locate(x, N, spline_width)
+    rows = torch.arange(in_features, device=x.device) * N + i
+    columns = torch.stack((rows, rows + 1), dim=2).flatten()
+    values = torch.stack((1 - t, t), dim=2).flatten().to(table.dtype)
+    starts = torch.arange(0, (x.shape[0] + 1) * 2 * in_features, 2 * in_features, device=x.device)
+    size = (x.shape[0], in_features * N) if layout == torch.sparse_csr else (in_features * N, x.shape[0])
+    with warnings.catch_warnings():  # PyTorch's notice that its sparse CSR support is in beta
+        warnings.filterwarnings("ignore", message="Sparse CS", category=UserWarning)
+        return torch.sparse_compressed_tensor(starts, columns, values, size=size, layout=layout, check_invariants=False)
+
+
+# An operator of our own, because torch.compile can't trace sparse tensors; saved state is x alone.
+@torch.library.custom_op("splinegpt::csr_matmul", mutates_args=())
+def csr_matmul(x: torch.Tensor, table: torch.Tensor, spline_width: float) -> torch.Tensor:
+    if x.shape[0] == 0:
+        return table.new_empty(0, table.shape[2])
+    return sparse_hats(x, table, spline_width) @ table.flatten(0, 1)
+
+
+@torch.library.custom_op("splinegpt::csr_matmul_backward", mutates_args=())
+def csr_matmul_backward(
+    g: torch.Tensor, x: torch.Tensor, table: torch.Tensor, spline_width: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    in_features, N, _ = table.shape
+    if x.shape[0] == 0:
+        return torch.zeros_like(x), torch.zeros_like(table)
+    grad_table = (sparse_hats(x, table, spline_width, torch.sparse_csc) @ g).view_as(table)
+    # The gradient of each non-zero of A is <g, its row of C>: the product g @ C^T, sampled where A is not zero.
+    pattern = sparse_hats(x, table, spline_width)
+    sampled = torch.sparse.sampled_addmm(pattern, g, table.flatten(0, 1).t().contiguous(), beta=0.0)
+    below, above = sampled.values().view(x.shape[0], in_features, 2).unbind(2)
+    return ((above - below) * ((N - 1) / spline_width)).to(x.dtype), grad_table
+
+
+csr_matmul.register_fake(lambda x, table, spline_width: table.new_empty(x.shape[0], table.shape[2]))
+csr_matmul_backward.register_fake(lambda g, x, table, spline_width: (torch.empty_like(x), torch.empty_like(table)))
+
+
+def _csr_setup(ctx, inputs, output):
+    x, table, ctx.spline_width = inputs
+    ctx.save_for_backward(x, table)
+
+
+def _csr_backward(ctx, g):
+    return *csr_matmul_backward(g.contiguous(), *ctx.saved_tensors, ctx.spline_width), None
+
+
+csr_matmul.register_autograd(_csr_backward, setup_context=_csr_setup)
+
+
+def hats(i, t, N, dtype):
+    """A, dense: (B, F, N) with 1 - t at i, t at i + 1 and 0 elsewhere."""
+    A = torch.zeros(*i.shape, N, dtype=dtype, device=i.device)
+    A.scatter_(2, i.unsqueeze(2), (1 - t).unsqueeze(2).to(dtype))
+    return A.scatter_(2, (i + 1).unsqueeze(2), t.unsqueeze(2).to(dtype))
+
+
+def hat_chunk(x, table):
+    """Tokens per chunk of A: 32 MB of it on a CPU, 256 MB of bfloat16 elsewhere. Never more than 8 chunks, since
+    torch.compile unrolls the loop. Smaller ones cost more in the matrix products than they gain in the cache (measured
+    at 768 tokens, 384 to 384, N = 8, forward and backward: 41 ms in chunks of 96 tokens, 33 ms in one)."""
+    numbers = 2**23 if x.device.type == "cpu" else 2**27
+    return max(1, math.ceil(x.shape[0] / 8), numbers // (table.shape[0] * table.shape[1]))
+
+
+class HatMatmul(torch.autograd.Function):
+    """y = A @ C; A is N/2 times as large as all that defines it, so the backward builds it again from x."""
+
+    @staticmethod
+    def forward(ctx, x, table, spline_width):
+        ctx.save_for_backward(x, table)
+        ctx.spline_width = spline_width
+        N, rows = table.shape[1], table.flatten(0, 1)
+        outputs = []
+        for chunk in split_tokens(x, hat_chunk(x, table)):
+            outputs.append(hats(*locate(chunk, N, spline_width), N, table.dtype).flatten(1) @ rows)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, table = ctx.saved_tensors
+        in_features, N, _ = table.shape
+        rows = table.flatten(0, 1)
+        grad_table, grad_x = None, []
+        tokens = hat_chunk(x, table)
+        for chunk, g_chunk in zip(split_tokens(x, tokens), split_tokens(g, tokens), strict=True):
+            i, t = locate(chunk, N, ctx.spline_width)
+            if ctx.needs_input_grad[1]:
+                part = at_least_float32(hats(i, t, N, table.dtype).flatten(1).t() @ g_chunk)
+                grad_table = part if grad_table is None else grad_table + part
+            if ctx.needs_input_grad[0]:
+                grad_hats = at_least_float32(g_chunk @ rows.t()).view(-1, in_features, N)
+                pair = grad_hats.gather(2, torch.stack((i, i + 1), dim=2))
+                grad_x.append((pair[..., 1] - pair[..., 0]) * ((N - 1) / ctx.spline_width))
+        grad_x = torch.cat(grad_x).to(x.dtype) if grad_x else None
+        return grad_x, None if grad_table is None else grad_table.view_as(table).to(table.dtype), None
+
+
+IMPLS = {"embedding_bag": embedding_bag, "embedding": embedding, "csr": csr, "dense": dense}
+
+
+def choose_impl(device_type, num_control_points, tokens, training):
+    """What impl="auto" means.
+
+    CPU, measured (AVX-512, 2 cores, torch 2.13, 768 tokens, 384 to 384, ms for embedding_bag / dense): forward 8 / 10
+    at N = 8, 11 / 50 at 32, 33 / 196 at 128; forward and backward 139 / 32, 147 / 140, 245 / 641.
+    Elsewhere, estimated from an H100's bandwidth and flops, not measured: dense until its flops outgrow the look-up's
+    traffic at N of about 128, unless so few tokens come that reading the whole table is the larger cost.
+    """
+    if device_type == "cpu":
+        return "dense" if training and num_control_points <= 32 else "embedding_bag"
+    return "dense" if num_control_points <= 128 and (training or tokens >= num_control_points) else "embedding_bag"
+
+
+@torch.compiler.assume_constant_result
+def bag_has_half_gradients(device_type, dtype):
+    return _probe_half_gradients(device_type, dtype)
+
+
+@functools.cache  # in a function of its own: torch.compile looks through a cache, not through the line above
+def _probe_half_gradients(device_type, dtype):
+    """Whether embedding_bag can differentiate its per-sample weights in half precision on this device.
+
+    On CUDA that came with pytorch/pytorch#185889 (2026-06); before, the forward ran and the backward raised.
+    """
+    weight = torch.ones(2, 2, device=device_type, dtype=dtype, requires_grad=True)
+    psw = torch.ones(1, 2, device=device_type, dtype=dtype, requires_grad=True)
+    with torch.enable_grad(), torch.autocast(device_type, enabled=False):
+        y = F.embedding_bag(torch.tensor([[0, 1]], device=device_type), weight, per_sample_weights=psw, mode="sum")
+        try:
+            torch.autograd.grad(y.sum(), (weight, psw))
+        except (RuntimeError, NotImplementedError):
+            return False
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class KANLayer(nn.Module):
+    """y[..., o] = sum over f of curve[f, o](x[..., f]), each curve a linear B-spline of num_control_points values.
+
+    Args:
+        in_features, out_features: sizes of the last dimension of input and output.
+        init: "random_normal", straight lines with normal slopes, each output's slopes of unit norm, so that unit-normal
+            inputs give outputs of unit variance whatever N and width; "identity", y = x (needs in_features ==
+            out_features); "zero", y = 0.
+        num_control_points: knots per curve, N >= 2. Parameters: in_features * N * out_features.
+        spline_width: the curves' domain is [-spline_width / 2, spline_width / 2], in the units of x; outside, the end
+            pieces go on as straight lines. Put a LayerNorm in front: 4.0 then holds 95% of a normal input.
+        impl: "embedding_bag", "dense", "csr", "embedding", or "auto" (see choose_impl).
+
+    Shapes: input (..., in_features), output (..., out_features); any leading dimensions, none or empty ones too.
+    dtypes: float64, float32, bfloat16, float16. The output has the input's dtype, under autocast the autocast dtype.
+        Positions and interpolation weights are computed in float32 or better; on CPUs so is the sum, whatever the dtype.
+    NaN and infinite inputs make all outputs of their own token NaN or infinite, and no other token's.
+    Raises ValueError for a wrong last dimension, a non-floating input, N < 2, a width that is not positive and finite,
+        an unknown init or impl.
+    """
+
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        init="random_normal",
+        num_control_points=32,
+        spline_width=4.0,
+        impl="auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        for name, value, least in (
+            ("in_features", in_features, 1),
+            ("out_features", out_features, 1),
+            ("num_control_points", num_control_points, 2),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if not (isinstance(spline_width, (int, float)) and 0 < spline_width < math.inf):
+            raise ValueError(f"spline_width must be a positive, finite number, got {spline_width!r}")
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        if init == "identity" and in_features != out_features:
+            raise ValueError(f"init='identity' needs in_features == out_features, got {in_features} and {out_features}")
+        if impl != "auto" and impl not in IMPLS:
+            raise ValueError(f"impl must be one of auto, {', '.join(IMPLS)}, got {impl!r}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.init = init
+        self.num_control_points = num_control_points
+        self.spline_width = float(spline_width)
+        self.impl = impl
+        self.kan_weight = nn.Parameter(
+            torch.empty(in_features, num_control_points, out_features, device=device, dtype=dtype)
+        )
+        self.reset_parameters()
+
+    @property
+    def knots(self):
+        """The (N,) positions of the knots, in units of x, in float64."""
+        half = self.spline_width / 2
+        return torch.linspace(-half, half, self.num_control_points, dtype=torch.float64)
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Set the table to self.init: every curve a straight line through the origin."""
+        shape = (self.in_features, self.out_features)
+        weight = self.kan_weight
+        if self.init == "random_normal":
+            slopes = F.normalize(torch.randn(shape, device=weight.device), dim=0)
+        elif self.init == "identity":
+            slopes = torch.eye(self.in_features, device=weight.device)
+        else:
+            slopes = torch.zeros(shape, device=weight.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        weight.copy_(self.knots.to(weight.device, dtype).view(-1, 1) * slopes.to(dtype).unsqueeze(1))
+
+    def forward(self, x):
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"the last dimension must be in_features = {self.in_features}, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"input must be floating point, got {x.dtype}; convert it with x.float()")
+        device = x.device.type
+        out_dtype = x.dtype
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # as nn.Linear: autocast leaves float64 alone
+            out_dtype = torch.get_autocast_dtype(device)
+
+        impl = self.impl
+        if impl == "auto":
+            training = torch.is_grad_enabled() and (x.requires_grad or self.kan_weight.requires_grad)
+            impl = choose_impl(device, self.num_control_points, x.numel() // self.in_features, training)
+
+        # Half precision is for matrix units and bandwidth that CPUs mostly lack; there the sum is made in float32.
+        table_dtype = out_dtype
+        if out_dtype in (torch.bfloat16, torch.float16) and (
+            device == "cpu"
+            or impl == "csr"
+            or (impl == "embedding_bag" and not bag_has_half_gradients(device, out_dtype))
+        ):
+            table_dtype = torch.float32
+
+        with torch.autocast(device, enabled=False):
+            y = IMPLS[impl](
+                at_least_float32(x.to(out_dtype)).reshape(-1, self.in_features),
+                self.kan_weight.to(table_dtype),
+                self.spline_width,
+            )
+        return y.to(out_dtype).view(*x.shape[:-1], self.out_features)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # kanditioned 1.0.4 saves two index buffers beside kan_weight; they say nothing that its shape does not.
+        for name in ("local_bias", "feature_offset"):
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self):
+        impl = self.impl
+        if impl == "auto":
+            device = self.kan_weight.device.type
+            many = self.num_control_points  # tokens enough that their number no longer matters
+            chosen = [choose_impl(device, self.num_control_points, many, training) for training in (True, False)]
+            impl = f"auto (on {device}: {chosen[0]} in training, {chosen[1]} in inference)"
+        return (
+            f"{self.in_features}, {self.out_features}, init={self.init}, num_control_points={self.num_control_points}, "
+            f"spline_width={self.spline_width}, impl={impl}"
+        )
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Looking at the curves
+
+    @torch.no_grad()
+    def edge_activity(self):
+        """(F, O): how far from constant each curve is, as its standard deviation over a unit-normal input."""
+        knots = self.knots
+        density = torch.exp(-(knots**2) / 2)
+        density = (density / density.sum()).view(1, -1, 1)
+        table = self.kan_weight.detach().cpu().double()
+        mean = (table * density).sum(1, keepdim=True)
+        return ((table - mean) ** 2 * density).sum(1).sqrt()
+
+    def plot(self, edges=None, save_path=None, max_edges=64, columns=8):
+        """Draw curves, one small axis an edge, values against x, and return the matplotlib figure.
+
+        Args:
+            edges: an iterable of (in_feature, out_feature) pairs; None for all.
+            save_path: where to write the figure; None to leave it open for the caller to show.
+            max_edges: if there are more edges, the most active ones (see edge_activity) are drawn, and it is said.
+
+        Raises ValueError for an edge that does not exist.
+        """
+        import matplotlib.pyplot as plt
+
+        if edges is None:
+            wanted = torch.arange(self.in_features * self.out_features)
+        else:
+            pairs = [tuple(int(k) for k in edge) for edge in edges]
+            for pair in pairs:
+                if len(pair) != 2 or not (0 <= pair[0] < self.in_features and 0 <= pair[1] < self.out_features):
+                    raise ValueError(
+                        f"edge {pair} does not exist; in_features is {self.in_features}, out_features {self.out_features}"
+                    )
+            wanted = torch.tensor([f * self.out_features + o for f, o in pairs], dtype=torch.long)
+        if len(wanted) == 0:
+            raise ValueError("no edges to plot; pass at least one (in_feature, out_feature) pair")
+        if len(wanted) > max_edges:
+            print(f"{len(wanted):,} edges are too many to draw: plotting the {max_edges} most active (max_edges=)")
+            wanted = wanted[self.edge_activity().flatten()[wanted].topk(max_edges).indices]
+
+        table = self.kan_weight.detach().cpu().float().numpy()
+        knots = self.knots.numpy()
+        columns = min(columns, len(wanted))
+        figure, axes = plt.subplots(
+            math.ceil(len(wanted) / columns),
+            columns,
+            figsize=(2.2 * columns, 1.8 * math.ceil(len(wanted) / columns)),
+            squeeze=False,
+            sharex=True,
+            layout="constrained",
+        )
+        for axis in axes.flat[len(wanted) :]:
+            axis.remove()
+        for axis, edge in zip(axes.flat, wanted.tolist(), strict=False):
+            f, o = divmod(edge, self.out_features)
+            axis.plot(knots, table[f, :, o], marker=".", markersize=3, linewidth=1)
+            axis.set_title(f"in {f} → out {o}", fontsize=7)
+            axis.tick_params(labelsize=6)
+            axis.grid(True, linewidth=0.3)
+        figure.suptitle(f"{len(wanted)} curves of KANLayer({self.in_features}, {self.out_features})", fontsize=10)
+        if save_path:
+            figure.savefig(save_path, dpi=150)
+            plt.close(figure)
+            print(f"Figure saved to {save_path}")
+        return figure
+
+    def visualize_all_mappings(self, save_path=None):
+        """Draw every curve, one row an input and one column an output, as kanditioned does; save or else show them.
+
+        A layer of more than 1,024 edges would take minutes to draw: its most active 64 are drawn instead (see plot).
+        """
+        import matplotlib.pyplot as plt
+
+        if self.in_features * self.out_features > 1024:
+            self.plot(save_path=save_path)
+        else:
+            every = [(f, o) for f in range(self.in_features) for o in range(self.out_features)]
+            self.plot(every, save_path, max_edges=len(every), columns=self.out_features)
+        if not save_path:
+            plt.show()
