@@ -1,0 +1,120 @@
+"""Checkpoints: a folder that is all that resuming, sampling and plotting need.
+
+    out_dir/latest/, out_dir/best/
+        weights.safetensors     the model
+        config.json             how to make it and what it was doing: "model", "train", "tokenizer", "step", ...
+        optimizer.pt            what only resuming needs
+
+A checkpoint is written beside its place and moved there whole. Two renames do it, so for an instant only NAME.old may
+exist; reading knows. `best` shares its files with the `latest` it was: they are replaced, never written to again.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from data import tokenizer
+from model import GPT, GPTConfig
+
+
+def save(out_dir, model, optimizer_state, info, best=False):
+    """Write out_dir/latest, and out_dir/best with the same content if best; info becomes config.json."""
+    temporary = Path(out_dir) / f"latest.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+    save_file(weights, temporary / "weights.safetensors")
+    torch.save(optimizer_state, temporary / "optimizer.pt")
+    (temporary / "config.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
+    if best:
+        linked = Path(out_dir) / f"best.{os.getpid()}.tmp"
+        shutil.rmtree(linked, ignore_errors=True)
+        shutil.copytree(temporary, linked, copy_function=_link_or_copy)
+        _move_into_place(linked, Path(out_dir) / "best")
+    _move_into_place(temporary, Path(out_dir) / "latest")
+
+
+def _link_or_copy(source, target):
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _move_into_place(new, place):
+    for path in new.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    old = place.with_name(place.name + ".old")
+    if place.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(place, old)
+    os.rename(new, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find(path, names=("best", "latest")):
+    """The checkpoint folder that `path` is, or else holds under the first of `names`. ValueError where there is none."""
+    path = Path(path)
+    for candidate in (path, *(path / (name + end) for name in names for end in ("", ".old"))):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise ValueError(f"no checkpoint in {path}; it should hold {' or '.join(names)}/config.json, as train.py writes them")
+
+
+def read_info(folder):
+    """config.json of a checkpoint folder."""
+    try:
+        info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not {"model", "train", "tokenizer", "step"} <= set(info):
+            raise ValueError("it lacks what train.py writes")
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}; {_remedy(folder)}") from None
+    return info
+
+
+def load_weights(folder, model):
+    """Load weights.safetensors into the model; ValueError if the file is missing, damaged or another model's."""
+    path = folder / "weights.safetensors"
+    try:
+        model.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; {_remedy(folder)}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); {_remedy(folder)}") from None
+    except RuntimeError as error:
+        raise ValueError(f"{path} belongs to another model: {str(error).splitlines()[-1].strip()}") from None
+
+
+def load_optimizer_state(folder):
+    path = folder / "optimizer.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; {_remedy(folder)}") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); {_remedy(folder)}") from None
+
+
+def _remedy(folder):
+    other = folder.parent / ("best" if folder.name == "latest" else "latest")
+    return f"try {other}" if (other / "config.json").is_file() else "there is no other checkpoint beside it"
+
+
+def load_model(path, device="cpu"):
+    """(model in eval mode on device, tokenizer, info) of a run's folder or one of its checkpoints."""
+    folder = find(path)
+    info = read_info(folder)
+    try:
+        config = GPTConfig(**info["model"])
+    except TypeError as error:
+        raise ValueError(f"{folder / 'config.json'} is of another version: {error}") from None
+    model = GPT(config)
+    load_weights(folder, model)
+    return model.to(device).eval(), tokenizer.from_spec(info["tokenizer"]), info

@@ -1,0 +1,76 @@
+"""What all scripts share with their user: reading options, and saying in one line what is wrong.
+
+Options come from a dataclass through tyro (https://github.com/brentyi/tyro): --name=value or --name value, underscores
+or dashes, --help. A TOML file of the same names can come first; the command line overrides it.
+"""
+
+import dataclasses
+import difflib
+import sys
+import tomllib
+from pathlib import Path
+
+import tyro
+
+WORDS = {"true": True, "false": False}
+
+
+def nearest(name, known):
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
+
+
+def read_toml(path, known):
+    """The options of a TOML file as command-line arguments, so that both are checked by the same parser."""
+    try:
+        with open(path, "rb") as file:
+            options = tomllib.load(file)
+    except FileNotFoundError:
+        others = sorted(str(p) for p in Path(path).parent.glob("*.toml"))
+        raise ValueError(f"no configuration {path}; there are: {', '.join(others) or 'none in its folder'}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{path}: unknown option {key}; {nearest(key, known)}")
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+def parse(kind, arguments, toml=False):
+    """Make a `kind`, a dataclass, of command-line arguments; with toml=True the first may name a TOML file.
+
+    Booleans may be bare flags (--resume, --no-resume) or --resume=True. Raises ValueError for names that do not exist;
+    values of the wrong type make tyro print what it expects and exit with status 2.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    arguments = list(arguments)
+    if toml and arguments and not arguments[0].startswith("-"):
+        arguments = read_toml(arguments.pop(0), fields) + arguments
+    cleaned = []
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not argument.startswith("--") or name == "help":
+            cleaned.append(argument)
+            continue
+        is_flag = name in fields and fields[name].type in (bool, "bool")
+        if name.startswith("no_") and fields.get(name[3:]) is not None:
+            is_flag = True
+        elif name not in fields:
+            raise ValueError(f"unknown option --{name}; {nearest(name, fields)}")
+        if is_flag and equals:
+            if value.lower() not in WORDS:
+                raise ValueError(f"--{name} is True or False, got {value!r}")
+            argument = f"--{name}" if WORDS[value.lower()] else f"--no_{name}"
+        cleaned.append(argument)
+    return tyro.cli(kind, args=cleaned)
+
+
+def run(main):
+    """Call main(sys.argv[1:]); a person's mistake ends in one line on standard error and exit status 1."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,587 @@
+"""Train a GPT, with splines or MLPs in its blocks. From one process on a laptop to several nodes:
+
+    python train.py configs/quickstart.toml
+    python train.py configs/quickstart.toml --n_layer=6 --mlp=swiglu --out_dir=out/mine
+    python train.py configs/quickstart.toml --resume
+    torchrun --nproc_per_node=8 train.py configs/gpt2_124m_kan.toml
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP train.py configs/gpt2_124m_kan.toml
+
+The batch is stated globally, in tokens, and divided among processes and micro-steps, so another machine changes the
+speed and not the run. Which tokens a step sees depends on (seed, step) alone, and so does its dropout: a run that was
+stopped and resumed ends with bitwise the weights of one that was not (on a CPU). out_dir gets
+
+    latest/, best/      checkpoints (see checkpoint.py)
+    log.jsonl           one record of the run, then one a step
+    loss.png            the loss curves, at the end
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import cli
+from data.bins import TokenData
+from model import GPT, GPTConfig, match_parameters
+
+
+@dataclass
+class TrainConfig:
+    # The run
+    out_dir: str = "out/run"  # an earlier run found there is moved aside, unless resumed
+    data: str = "python_stdlib"  # a folder under data/, prepared by its prepare.py
+    resume: bool = False  # go on from out_dir/latest
+    seed: int = 1337  # of weights, data order and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the arithmetic; weights are float32
+    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile
+    # The model (see model.py)
+    mlp: Literal["kan", "gelu", "relu2", "swiglu"] = "kan"  # what follows the attention in a block
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    block_size: int = 128  # context length, tokens
+    dropout: float = 0.0
+    mlp_hidden: int = 0  # 0: 4 * n_embd, for swiglu 8/3
+    kan_control_points: int = 8  # of every curve; 8 makes one KANLayer as large as the MLP
+    kan_width: float = 4.0  # domain of the curves
+    kan_hidden: int = 0  # 0: one KANLayer; else two, with so many channels between
+    kan_init: Literal["zero", "random_normal", "identity"] = "zero"
+    kan_impl: Literal["auto", "embedding_bag", "dense", "csr", "embedding"] = "auto"
+    match_parameters: int = 0  # choose mlp_hidden, kan_hidden or kan_control_points for so many parameters in all
+    position: Literal["learned", "rope"] = "learned"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    qk_norm: bool = False
+    zero_init: bool = False  # output projections start at zero
+    logit_softcap: float = 0.0  # 0: off
+    tie_head: bool = True
+    # The batch and the steps
+    batch_tokens: int = 1536  # tokens a step, over all processes
+    micro_batch: int = 0  # most sequences in one forward; 0: as many as make 32,768 tokens
+    max_steps: int = 2000
+    # The optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the 2-D matrices inside the blocks
+    learning_rate: float = 3e-3
+    table_learning_rate: float = 3e-4  # of the splines' control points
+    weight_decay: float = 0.1  # of matrices and embeddings
+    table_weight_decay: float = 0.0  # would pull curves to zero, not to straight lines
+    beta1: float = 0.9
+    beta2: float = 0.99
+    grad_clip: float = 1.0  # 0: off
+    table_grad_clip: float = 1.0  # the tables have a norm of their own; 0: off
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear over the last fifth
+    warmup_steps: int = 100
+    decay_steps: int = 0  # where the schedule ends; 0: max_steps. Set it in a run that is to be extended
+    min_lr: float = 0.1  # at the end, as a fraction of the learning rate
+    # Evaluation and log
+    eval_interval: int = 250  # steps between evaluations, each followed by a checkpoint
+    eval_tokens: int = 100_000  # of the fixed validation windows; 0: all of them
+    log_interval: int = 10  # steps between printed lines; log.jsonl has every step
+    wandb: bool = False
+    wandb_project: str = "splinegpt"
+
+    def check(self):
+        for name in ("batch_tokens", "eval_interval", "log_interval", "learning_rate", "table_learning_rate", "beta1"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("max_steps", "micro_batch", "weight_decay", "table_weight_decay", "grad_clip", "table_grad_clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("warmup_steps", "decay_steps", "eval_tokens", "match_parameters", "min_lr", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "min_lr"):
+            if not getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+
+    @property
+    def schedule_end(self):
+        return self.decay_steps or self.max_steps
+
+    def model_config(self, vocab_size):
+        shared = {field.name for field in fields(GPTConfig)} & {field.name for field in fields(self)}
+        config = GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in shared})
+        return match_parameters(config, self.match_parameters) if self.match_parameters else config
+
+
+# What may differ when a run is resumed: where and how fast it runs, not what it computes. max_steps is checked apart.
+FREE_TO_CHANGE = (
+    "out_dir resume device compile micro_batch eval_interval log_interval wandb wandb_project max_steps decay_steps"
+).split()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where it runs
+
+
+class World:
+    """The processes that train together: torchrun's, or this one alone."""
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.distributed = "RANK" in os.environ
+
+    def print(self, message):
+        if self.rank == 0:
+            print(message, flush=True)
+
+    def sum(self, numbers, device):
+        """The element-wise sum over all processes of a list of numbers."""
+        if not self.distributed:
+            return numbers
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        total = torch.tensor(numbers, dtype=kind, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def choose_device(config, world):
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and world.distributed:
+        name = f"cuda:{world.local_rank}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name} can't be used here ({str(error).splitlines()[0]}); try --device=auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    world.print(f"device: {device}" + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""))
+    return device
+
+
+def choose_dtype(config, device, world):
+    name, reason = config.dtype, "as asked"
+    if name == "auto" and device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            name, reason = "bfloat16", "this GPU has units for it"
+        else:
+            name, reason = "float16", "this GPU has no bfloat16; gradients are scaled"
+    elif name == "auto":
+        # On an AVX-512-BF16 CPU too: the KAN pair of configs takes 1.4 times longer a step under bfloat16 autocast.
+        name, reason = "float32", "bfloat16 is slower on most CPUs, hundreds of times on some"
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("dtype float16 has no gradient scaling on a CPU; use float32 or bfloat16")
+    world.print(f"dtype: {name} ({reason})")
+    return getattr(torch, name)
+
+
+def choose_compile(config, device, world):
+    wanted, reason = config.compile == "true", "as asked"
+    if config.compile == "auto":
+        wanted = device.type == "cuda"
+        reason = "faster on a GPU" if wanted else "eager starts at once; --compile=true for long runs"
+    if wanted:
+        try:  # a compiler or Triton may be missing
+            torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        except Exception as error:
+            if config.compile == "true":
+                raise ValueError(f"torch.compile does not work here: {str(error).splitlines()[0]}") from None
+            warnings.warn(f"torch.compile does not work here, going on without: {str(error).splitlines()[0]}", stacklevel=1)
+            wanted, reason = False, "it does not work here"
+    world.print(f"compile: {wanted} ({reason})")
+    return wanted
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pieces of the loop
+
+
+def divide_batch(config, world):
+    """(sequences a process takes a step, sequences in one forward)."""
+    unit = config.block_size * world.size
+    if config.batch_tokens % unit:
+        lower = config.batch_tokens // unit * unit
+        raise ValueError(
+            f"batch_tokens = {config.batch_tokens} must be a multiple of block_size * processes = {unit}; "
+            f"try {lower or unit} or {lower + unit}"
+        )
+    sequences = config.batch_tokens // unit
+    most = min(sequences, config.micro_batch or max(1, 32768 // config.block_size))
+    return sequences, next(size for size in range(most, 0, -1) if sequences % size == 0)
+
+
+def make_optimizers(model, config, device):
+    """AdamW for everything, or Muon (https://kellerjordan.github.io/posts/muon) for the matrices inside the blocks.
+
+    Every parameter group carries its peak learning rate; the loop scales all by one schedule.
+    """
+    parameters = model.parameter_groups()
+    groups = [
+        dict(params=parameters["tables"], lr=config.table_learning_rate, weight_decay=config.table_weight_decay),
+        dict(params=parameters["embeddings"], lr=config.learning_rate, weight_decay=config.weight_decay),
+        dict(params=parameters["vectors"], lr=config.learning_rate, weight_decay=0.0),
+    ]
+    matrices = dict(params=parameters["matrices"], lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizers = []
+    if config.optimizer == "muon":
+        # Its steps scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both.
+        optimizers.append(torch.optim.Muon([matrices], adjust_lr_fn="match_rms_adamw"))
+    else:
+        groups.append(matrices)
+    fused = device.type in ("cuda", "cpu")
+    groups = [group for group in groups if group["params"]]
+    optimizers.append(torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=fused))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    trained = sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
+    assert trained == len(list(model.parameters()))
+    return optimizers
+
+
+def schedule(config, step):
+    """The learning rate of update number `step`, counted from 0, as a fraction of its peak."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = min(1.0, (step - config.warmup_steps) / max(1, config.schedule_end - config.warmup_steps))
+    if config.schedule == "cosine":
+        return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    return config.min_lr + (1 - config.min_lr) * min(1.0, (1 - done) / 0.2)
+
+
+@torch.no_grad()
+def evaluate(model, data, starts, batch, context, device, world):
+    """Mean loss in nats over the fixed windows, each process taking its share of them."""
+    model.eval()
+    mine, total = starts[world.rank :: world.size], 0.0
+    for first in range(0, len(mine), batch):
+        windows = torch.from_numpy(data.val_batch(mine[first : first + batch])).to(device)
+        with context():
+            total += model(windows[:, :-1], windows[:, 1:])[1].item() * len(windows)
+    model.train()
+    return world.sum([total], device)[0] / len(starts)
+
+
+def clip(parameters, limit):
+    """Scale the gradients to a norm of at most `limit` (0: leave them) and return the norm they had."""
+    return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item() if parameters else 0.0
+
+
+def peak_memory(device):
+    """Bytes: on CUDA of tensors, elsewhere of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log
+
+
+class Log:
+    """log.jsonl, the terminal (a progress bar, or plain lines where there is none) and wandb."""
+
+    def __init__(self, config, header, step):
+        self.config, self.pending = config, None
+        path = Path(config.out_dir) / "log.jsonl"
+        if step and path.is_file():  # forget what came after the checkpoint; the record of its own step may be completed
+            kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            self.pending = next((r for r in kept if r.get("step") == step), None)
+            lines = [json.dumps(r) + "\n" for r in kept if r.get("step", -1) < step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(lines), encoding="utf-8")
+            os.replace(temporary, path)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self.file.write(json.dumps(header) + "\n")
+        self.progress = self.wandb = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self.progress = Progress(*columns)
+            self.task = self.progress.add_task("", total=config.max_steps, completed=step)
+            self.progress.start()
+        if config.wandb:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=config.wandb_project, name=Path(config.out_dir).name, config=header["config"], dir=config.out_dir
+            )
+
+    def write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        text = f"step {record['step']}"
+        if "train_loss" in record:
+            text += f" | train {record['train_loss']:.4f} | lr {record['lr']:.2e} | norm {record['grad_norm']:.2f}"
+            text += f" | {record['tokens_per_second']:,.0f} tok/s"
+        if "val_loss" in record:
+            text += f" | val {record['val_loss']:.4f}"
+        if self.progress:
+            self.progress.update(self.task, completed=record["step"], description=text)
+            if "val_loss" in record:
+                self.progress.console.print(text)
+        elif "val_loss" in record or record["step"] % self.config.log_interval == 0:
+            print(text, flush=True)
+        if self.wandb and ("val_loss" in record or record["step"] % self.config.log_interval == 0):
+            self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def close(self):
+        if self.progress:
+            self.progress.stop()
+        if self.wandb:
+            self.wandb.finish()
+        self.file.close()
+
+
+def git_hash():
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def move_aside(out_dir, world):
+    """An earlier run in out_dir becomes out_dir.1, out_dir.2, ...: nothing is overwritten."""
+    out = Path(out_dir)
+    if world.rank == 0 and (out / "log.jsonl").exists():
+        number = next(n for n in range(1, 10**6) if not Path(f"{out}.{n}").exists())
+        os.rename(out, f"{out}.{number}")
+        world.print(f"the earlier run in {out} is now {out}.{number}")
+    if world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def check_same_run(config, dtype, data, info, folder):
+    """Refuse to resume what would not be the same run, naming what differs."""
+    then = info["train"]
+    changes = [
+        f"{name} was {then.get(name)!r} and is {value!r}"
+        for name, value in asdict(config).items()
+        if name not in FREE_TO_CHANGE and then.get(name) != value
+    ]
+    if info["schedule_end"] != config.schedule_end:
+        changes.append(
+            f"the schedule (decay_steps, or else max_steps) ended at {info['schedule_end']} and ends at {config.schedule_end}"
+        )
+    if info["dtype"] != str(dtype):
+        changes.append(f"dtype was {info['dtype']} and is {dtype}")
+    if info["data_fingerprint"] != data.fingerprint:
+        changes.append(f"data/{config.data} was prepared anew and differs")
+    if changes:
+        raise ValueError(
+            f"{folder} is another run: {'; '.join(changes)}. Give it its own settings back, or another --out_dir"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train(config):
+    """Train as configured; returns the last record of the log with "best_val_loss", or None if a signal stopped it.
+
+    Raises ValueError for a setting or a file that can't be used and FloatingPointError when the loss or a gradient is
+    not finite; then no update has been made with it and the last checkpoints are untouched.
+    """
+    config.check()
+    world = World()
+    device = choose_device(config, world)
+    if world.distributed:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        return _train(config, world, device)
+    finally:
+        if world.distributed:
+            dist.destroy_process_group()
+
+
+def _train(config, world, device):
+    dtype = choose_dtype(config, device, world)
+    sequences, micro_batch = divide_batch(config, world)
+    data = TokenData(config.data, config.block_size)
+    starts = data.val_starts(config.eval_tokens)
+
+    torch.manual_seed(config.seed)
+    model_config = config.model_config(data.vocab_size)
+    model = GPT(model_config)
+    counts, flops = model.count_parameters(), model.flops_per_token()
+    world.print(f"parameters: {counts['total']:,} ({', '.join(f'{k} {v:,}' for k, v in counts.items() if k != 'total')})")
+    world.print(f"flops per token: {', '.join(f'{k} {v:,}' for k, v in flops.items() if v)}")
+
+    step, best, seconds = 0, math.inf, 0.0
+    if config.resume:
+        folder = checkpoint.find(config.out_dir, ("latest",))
+        info = checkpoint.read_info(folder)
+        check_same_run(config, dtype, data, info, folder)
+        checkpoint.load_weights(folder, model)
+        step, best, seconds = info["step"], info["best_val_loss"], info["seconds"]
+        best = math.inf if best is None else best
+        world.print(f"resuming {folder} at step {step}")
+    model.to(device)
+    optimizers = make_optimizers(model, config, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if config.resume:
+        state = checkpoint.load_optimizer_state(folder)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        scaler.load_state_dict(state["scaler"])
+    else:
+        move_aside(config.out_dir, world)
+
+    fast_model = torch.compile(model) if choose_compile(config, device, world) else model
+    training_model = fast_model
+    if world.distributed:
+        ids = [device.index] if device.type == "cuda" else None
+        training_model = DistributedDataParallel(fast_model, device_ids=ids, broadcast_buffers=False)
+    groups = model.parameter_groups()
+    tables = groups.pop("tables")
+    others = sum(groups.values(), [])
+    context = contextlib.nullcontext
+    if dtype != torch.float32:
+        context = lambda: torch.autocast(device.type, dtype=dtype)  # noqa: E731
+    micro_steps = sequences // micro_batch
+    world.print(
+        f"batch: {config.batch_tokens:,} tokens = {world.size} processes x {micro_steps} micro-steps x {micro_batch} "
+        f"sequences x {config.block_size}; validation on {len(starts) * config.block_size:,} tokens"
+    )
+
+    def save(is_best):
+        info = dict(
+            step=step,
+            best_val_loss=best if best < math.inf else None,
+            seconds=seconds,
+            train=asdict(config),
+            model=asdict(model_config),
+            tokenizer=data.tokenizer_spec,
+            schedule_end=config.schedule_end,
+            dtype=str(dtype),
+            data_fingerprint=data.fingerprint,
+        )
+        state = dict(optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict())
+        checkpoint.save(config.out_dir, model, state, info, is_best)
+
+    log = None
+    if world.rank == 0:
+        header = dict(config=asdict(config), model=asdict(model_config), parameters=counts, flops_per_token=flops)
+        header.update(git=git_hash(), python=platform.python_version(), torch=torch.__version__, started=time.time())
+        header.update(device=str(device), dtype=str(dtype), processes=world.size, seed=config.seed, resumed_at=step)
+        header.update(cpu=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
+        log = Log(config, header, step)
+    record = log.pending if log and log.pending else dict(step=step)
+    evaluated = world.sum([float("val_loss" in record)], device)[0] > 0  # a resumed step may have been, before it stopped
+
+    # From here on a signal lets the step finish, saves and stops; a second Ctrl-C stops at once.
+    stop = []
+    old_handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    stopped = False
+    try:
+        while True:
+            # Evaluate first, so that the end is always evaluated and max_steps is exact.
+            if not stopped and not evaluated and (step % config.eval_interval == 0 or step == config.max_steps):
+                val_loss = evaluate(fast_model, data, starts, micro_batch, context, device, world)
+                record["val_loss"] = val_loss
+                is_best = val_loss < best
+                best = min(best, val_loss)
+                if log and step > 0:
+                    save(is_best)
+            evaluated = False
+            if log:
+                if stopped:
+                    save(False)
+                log.write(record)
+            if stopped or step >= config.max_steps:
+                break
+
+            started = time.perf_counter()
+            scale = schedule(config, step)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * scale
+            torch.manual_seed(hash((config.seed, step, world.rank)) % 2**63)  # dropout, a function of these alone
+            loss_sum = torch.zeros((), device=device)
+            for micro_step in range(micro_steps):
+                first = (step * world.size + world.rank) * sequences + micro_step * micro_batch
+                windows = torch.from_numpy(data.train_batch(config.seed, first, micro_batch)).to(device)
+                last = micro_step == micro_steps - 1
+                sync = contextlib.nullcontext() if last or not world.distributed else training_model.no_sync()
+                with sync:
+                    with context():
+                        loss = training_model(windows[:, :-1], windows[:, 1:])[1] / micro_steps
+                    scaler.scale(loss).backward()
+                loss_sum += loss.detach()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norms = clip(others, config.grad_clip), clip(tables, config.table_grad_clip)
+            grad_norm = math.hypot(*norms)
+            train_loss, signals = world.sum([loss_sum.item() / world.size, float(len(stop))], device)
+            if not math.isfinite(train_loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+                what = f"the loss is {train_loss}" if not math.isfinite(train_loss) else f"a gradient's norm is {grad_norm}"
+                raise FloatingPointError(
+                    f"step {step}: {what}; stopped before the update. Lower learning_rate or table_learning_rate, "
+                    f"or lengthen warmup_steps; the last checkpoint in {config.out_dir} is untouched"
+                )
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+
+            step += 1
+            stopped = signals > 0
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elapsed = time.perf_counter() - started
+            seconds += elapsed
+            record = dict(
+                step=step,
+                train_loss=train_loss,
+                lr=config.learning_rate * scale,
+                grad_norm=grad_norm,
+                table_grad_norm=norms[1],
+                tokens_per_second=config.batch_tokens / elapsed,
+                seconds=seconds,
+                peak_memory=peak_memory(device),
+            )
+    finally:
+        if log:
+            log.close()
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
+
+    if stopped:
+        world.print(f"stopped at step {step}; saved in {config.out_dir}/latest. Go on with the same command and --resume")
+        return None
+    if log:
+        report(config, record, best, step, seconds, peak_memory(device))
+    return {**record, "best_val_loss": best}
+
+
+def report(config, record, best, step, seconds, memory):
+    import plot
+
+    speed = step * config.batch_tokens / seconds if seconds else 0.0
+    print(f"final validation loss {record['val_loss']:.4f}, best {best:.4f}")
+    print(f"{seconds:.1f} s of training, {speed:,.0f} tokens/s, peak memory {memory / 2**20:,.0f} MB")
+    picture = plot.loss_figure([config.out_dir], Path(config.out_dir) / "loss.png")
+    print(f"checkpoints in {config.out_dir}/latest and best, loss curves in {picture}")
+
+
+def main(arguments):
+    arguments = [f"--compile={a[10:].lower()}" if a.startswith("--compile=") else a for a in arguments]
+    try:
+        return 0 if train(cli.parse(TrainConfig, arguments, toml=True)) else 128 + signal.SIGTERM
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+if __name__ == "__main__":
+    cli.run(main)
