@@ -60,12 +60,14 @@ def _move_into_place(new, place):
 
 
 def find(path, names=("best", "latest")):
-    """The checkpoint folder that `path` is, or else holds under the first of `names`. ValueError where there is none."""
+    """The checkpoint folder that `path` is, or else holds under the first of `names`; ValueError if none is there."""
     path = Path(path)
     for candidate in (path, *(path / (name + end) for name in names for end in ("", ".old"))):
         if (candidate / "config.json").is_file():
             return candidate
-    raise ValueError(f"no checkpoint in {path}; it should hold {' or '.join(names)}/config.json, as train.py writes them")
+    raise ValueError(
+        f"no checkpoint in {path}; it should hold {' or '.join(names)}/config.json, as train.py writes them"
+    )
 
 
 def read_info(folder):

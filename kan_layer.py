@@ -47,8 +47,8 @@ INITS = ("random_normal", "identity", "zero")
 def locate(x, num_control_points, spline_width):
     """Interval i (int64) and position t within it, both shaped like x; t keeps the gradient with respect to x.
 
-    x is float32 or float64: with 256 knots bfloat16 is off by a whole interval. NaN gets interval 0 and t = NaN, infinities
-    an end interval and an infinite t: the index is always valid and the token's outputs always show it.
+    x is float32 or float64: with 256 knots bfloat16 is off by a whole interval. NaN gets interval 0 and t = NaN,
+    infinities an end interval and an infinite t: the index is always valid, and the token's outputs always show it.
     """
     u = (x + spline_width / 2) * ((num_control_points - 1) / spline_width)
     i = u.detach().floor().nan_to_num(0.0).clamp(0, num_control_points - 2)
@@ -266,7 +266,7 @@ class KANLayer(nn.Module):
 
     Shapes: input (..., in_features), output (..., out_features); any leading dimensions, none or empty ones too.
     dtypes: float64, float32, bfloat16, float16. The output has the input's dtype, under autocast the autocast dtype.
-        Positions and interpolation weights are computed in float32 or better; on CPUs so is the sum, whatever the dtype.
+        Positions and interpolation weights are computed in float32 or better; on CPUs so is the sum.
     NaN and infinite inputs make all outputs of their own token NaN or infinite, and no other token's.
     Raises ValueError for a wrong last dimension, a non-floating input, N < 2, a width that is not positive and finite,
         an unknown init or impl.
@@ -337,7 +337,9 @@ class KANLayer(nn.Module):
             raise ValueError(f"input must be floating point, got {x.dtype}; convert it with x.float()")
         device = x.device.type
         out_dtype = x.dtype
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # as nn.Linear: autocast leaves float64 alone
+        if (
+            torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        ):  # as nn.Linear: autocast leaves float64 alone
             out_dtype = torch.get_autocast_dtype(device)
 
         impl = self.impl
@@ -412,7 +414,7 @@ class KANLayer(nn.Module):
             for pair in pairs:
                 if len(pair) != 2 or not (0 <= pair[0] < self.in_features and 0 <= pair[1] < self.out_features):
                     raise ValueError(
-                        f"edge {pair} does not exist; in_features is {self.in_features}, out_features {self.out_features}"
+                        f"edge {pair} does not exist in a layer of {self.in_features} inputs and {self.out_features} outputs"
                     )
             wanted = torch.tensor([f * self.out_features + o for f, o in pairs], dtype=torch.long)
         if len(wanted) == 0:

@@ -7,7 +7,7 @@ The shape is nanoGPT's (https://github.com/karpathy/nanoGPT); a block is
     x = x + mlp(norm(x))            mlp = "kan": the norm and this line are LayerNorm + KANLayer
 
 With one KANLayer the second line adds, for every channel, one learned function of each normalised input channel:
-additive in its inputs, where an MLP mixes them. kan_hidden > 0 makes it two layers, C -> H -> C, which are not additive.
+additive in its inputs, where an MLP mixes them. kan_hidden > 0 makes it two layers, C -> H -> C, which mix too.
 At kan_control_points = 8 one layer has exactly the parameters of the 4x MLP: 8 * C * C.
 
 Legend of shapes
@@ -42,7 +42,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k, v = (
+            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        )  # (B, H, T, D) each
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if self.qk_norm:
@@ -64,7 +66,7 @@ def rotate(x, cos, sin):
 
 
 class MLP(nn.Module):
-    """Two matrices and a nonlinearity: gelu (GPT-2), relu2 (arXiv 2109.08668), or three and swiglu (arXiv 2002.05202)."""
+    """Matrices and a nonlinearity: gelu (GPT-2), relu2 (arXiv 2109.08668), or gated: swiglu (arXiv 2002.05202)."""
 
     def __init__(self, config):
         super().__init__()
@@ -274,7 +276,13 @@ class GPT(nn.Module):
         """Numbers of parameters by kind, all together ("total") and without position embeddings as nanoGPT counts."""
         counts = dict.fromkeys(("embedding", "position", "attention", "mlp", "norm", "head"), 0)
         for name, p in self.named_parameters():
-            kinds = (("ln", "norm"), ("wte", "embedding"), ("wpe", "position"), ("lm_head", "head"), ("attn", "attention"))
+            kinds = (
+                ("ln", "norm"),
+                ("wte", "embedding"),
+                ("wpe", "position"),
+                ("lm_head", "head"),
+                ("attn", "attention"),
+            )
             kind = next((kind for part, kind in kinds if f".{part}" in f".{name}"), "mlp")
             counts[kind] += p.numel()
         total = sum(counts.values())
@@ -332,7 +340,7 @@ class GPT(nn.Module):
 
         Args:
             temperature: 0 takes the most likely token.
-            top_k, top_p: sample among the k most likely, or the fewest whose probability adds up to p (arXiv 1904.09751).
+            top_k, top_p: sample among the k most likely, or the fewest whose probability sums to p (arXiv 1904.09751).
             seed: of this call's own generator; None takes one from the global generator.
             use_cache: False computes the whole context for every token; the tokens are the same.
 

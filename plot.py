@@ -6,7 +6,6 @@
 matplotlib is imported where it is used.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Literal
 import tyro
 
 import cli
+from log import read_log
 
 
 @dataclass
@@ -24,26 +24,6 @@ class Options:
     curves: bool = False  # draw the first run's splines, the most active ones of every layer, instead
     per_layer: int = 8  # of them in each layer
     out: str = "loss.png"  # the picture to write
-
-
-def read_log(run):
-    """(header, records of the steps) of a run's log.jsonl; the header is the newest where the run was resumed."""
-    path = Path(run) / "log.jsonl"
-    if not path.is_file():
-        raise ValueError(f"no {path}; name folders that train.py wrote")
-    header, records = None, []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{path} is damaged in line {number}") from None
-        if "config" in record:
-            header = record
-        else:
-            records.append(record)
-    if header is None or not records:
-        raise ValueError(f"{path} holds no steps yet")
-    return header, records
 
 
 def save_figure(figure, path):
@@ -82,12 +62,16 @@ def loss_figure(runs, path, against="steps"):
             for r in steps:
                 mean += 0.05 * (r["train_loss"] - mean)
                 smooth.append(mean)
-            axis.plot([where(r) for r in steps], [r["train_loss"] for r in steps], color=color, alpha=0.15, linewidth=0.5)
+            axis.plot(
+                [where(r) for r in steps], [r["train_loss"] for r in steps], color=color, alpha=0.15, linewidth=0.5
+            )
             axis.plot([where(r) for r in steps], smooth, color=color, linewidth=0.8, label=f"{name}, training")
         vals = [r for r in records if "val_loss" in r]
         if vals:
             label = f"{name}, validation ({vals[-1]['val_loss']:.3f})"
-            axis.plot([where(r) for r in vals], [r["val_loss"] for r in vals], "o-", color=color, markersize=4, label=label)
+            axis.plot(
+                [where(r) for r in vals], [r["val_loss"] for r in vals], "o-", color=color, markersize=4, label=label
+            )
     axis.set_xlabel({"steps": "steps", "tokens": "tokens", "seconds": "seconds of training"}[against])
     axis.set_ylabel("loss, nats per token")
     axis.grid(True, linewidth=0.3)
@@ -96,7 +80,7 @@ def loss_figure(runs, path, against="steps"):
 
 
 def curves_figure(run, path, per_layer=8):
-    """The most active curves of every KANLayer of a run's model, a row a layer, drawn over the knots; returns the path."""
+    """The most active curves of every KANLayer of a run's model, a row a layer, over the knots; returns the path."""
     import matplotlib
 
     matplotlib.use("Agg")

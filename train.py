@@ -11,18 +11,16 @@ speed and not the run. Which tokens a step sees depends on (seed, step) alone, a
 stopped and resumed ends with bitwise the weights of one that was not (on a CPU). out_dir gets
 
     latest/, best/      checkpoints (see checkpoint.py)
-    log.jsonl           one record of the run, then one a step
+    log.jsonl           one record of the run, then one a step (see log.py)
     loss.png            the loss curves, at the end
 """
 
 import contextlib
-import json
 import math
 import os
 import platform
 import resource
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -37,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 from data.bins import TokenData
+from log import Log, git_hash, move_aside
 from model import GPT, GPTConfig, match_parameters
 
 
@@ -160,7 +159,9 @@ def choose_device(config, world):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name} can't be used here ({str(error).splitlines()[0]}); try --device=auto") from None
+        raise ValueError(
+            f"device {name} can't be used here ({str(error).splitlines()[0]}); try --device=auto"
+        ) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -176,7 +177,8 @@ def choose_dtype(config, device, world):
         else:
             name, reason = "float16", "this GPU has no bfloat16; gradients are scaled"
     elif name == "auto":
-        # On an AVX-512-BF16 CPU too: the KAN pair of configs takes 1.4 times longer a step under bfloat16 autocast.
+        # Also where the CPU has AVX512-BF16: shakespeare_char_cpu_kan took 1.5 times as long a step under autocast, and
+        # shakespeare_char_cpu_mlp as long as in float32.
         name, reason = "float32", "bfloat16 is slower on most CPUs, hundreds of times on some"
     if name == "float16" and device.type == "cpu":
         raise ValueError("dtype float16 has no gradient scaling on a CPU; use float32 or bfloat16")
@@ -195,7 +197,9 @@ def choose_compile(config, device, world):
         except Exception as error:
             if config.compile == "true":
                 raise ValueError(f"torch.compile does not work here: {str(error).splitlines()[0]}") from None
-            warnings.warn(f"torch.compile does not work here, going on without: {str(error).splitlines()[0]}", stacklevel=1)
+            warnings.warn(
+                f"torch.compile does not work here, going on without: {str(error).splitlines()[0]}", stacklevel=1
+            )
             wanted, reason = False, "it does not work here"
     world.print(f"compile: {wanted} ({reason})")
     return wanted
@@ -284,82 +288,6 @@ def peak_memory(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Log
-
-
-class Log:
-    """log.jsonl, the terminal (a progress bar, or plain lines where there is none) and wandb."""
-
-    def __init__(self, config, header, step):
-        self.config, self.pending = config, None
-        path = Path(config.out_dir) / "log.jsonl"
-        if step and path.is_file():  # forget what came after the checkpoint; the record of its own step may be completed
-            kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            self.pending = next((r for r in kept if r.get("step") == step), None)
-            lines = [json.dumps(r) + "\n" for r in kept if r.get("step", -1) < step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(lines), encoding="utf-8")
-            os.replace(temporary, path)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
-        self.file.write(json.dumps(header) + "\n")
-        self.progress = self.wandb = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self.progress = Progress(*columns)
-            self.task = self.progress.add_task("", total=config.max_steps, completed=step)
-            self.progress.start()
-        if config.wandb:
-            import wandb
-
-            self.wandb = wandb.init(
-                project=config.wandb_project, name=Path(config.out_dir).name, config=header["config"], dir=config.out_dir
-            )
-
-    def write(self, record):
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        text = f"step {record['step']}"
-        if "train_loss" in record:
-            text += f" | train {record['train_loss']:.4f} | lr {record['lr']:.2e} | norm {record['grad_norm']:.2f}"
-            text += f" | {record['tokens_per_second']:,.0f} tok/s"
-        if "val_loss" in record:
-            text += f" | val {record['val_loss']:.4f}"
-        if self.progress:
-            self.progress.update(self.task, completed=record["step"], description=text)
-            if "val_loss" in record:
-                self.progress.console.print(text)
-        elif "val_loss" in record or record["step"] % self.config.log_interval == 0:
-            print(text, flush=True)
-        if self.wandb and ("val_loss" in record or record["step"] % self.config.log_interval == 0):
-            self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
-
-    def close(self):
-        if self.progress:
-            self.progress.stop()
-        if self.wandb:
-            self.wandb.finish()
-        self.file.close()
-
-
-def git_hash():
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def move_aside(out_dir, world):
-    """An earlier run in out_dir becomes out_dir.1, out_dir.2, ...: nothing is overwritten."""
-    out = Path(out_dir)
-    if world.rank == 0 and (out / "log.jsonl").exists():
-        number = next(n for n in range(1, 10**6) if not Path(f"{out}.{n}").exists())
-        os.rename(out, f"{out}.{number}")
-        world.print(f"the earlier run in {out} is now {out}.{number}")
-    if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
 
 
 def check_same_run(config, dtype, data, info, folder):
@@ -371,9 +299,8 @@ def check_same_run(config, dtype, data, info, folder):
         if name not in FREE_TO_CHANGE and then.get(name) != value
     ]
     if info["schedule_end"] != config.schedule_end:
-        changes.append(
-            f"the schedule (decay_steps, or else max_steps) ended at {info['schedule_end']} and ends at {config.schedule_end}"
-        )
+        was, now = info["schedule_end"], config.schedule_end
+        changes.append(f"the schedule (decay_steps, or else max_steps) ended at {was} and ends at {now}")
     if info["dtype"] != str(dtype):
         changes.append(f"dtype was {info['dtype']} and is {dtype}")
     if info["data_fingerprint"] != data.fingerprint:
@@ -415,7 +342,9 @@ def _train(config, world, device):
     model_config = config.model_config(data.vocab_size)
     model = GPT(model_config)
     counts, flops = model.count_parameters(), model.flops_per_token()
-    world.print(f"parameters: {counts['total']:,} ({', '.join(f'{k} {v:,}' for k, v in counts.items() if k != 'total')})")
+    world.print(
+        f"parameters: {counts['total']:,} ({', '.join(f'{k} {v:,}' for k, v in counts.items() if k != 'total')})"
+    )
     world.print(f"flops per token: {', '.join(f'{k} {v:,}' for k, v in flops.items() if v)}")
 
     step, best, seconds = 0, math.inf, 0.0
@@ -448,7 +377,7 @@ def _train(config, world, device):
     others = sum(groups.values(), [])
     context = contextlib.nullcontext
     if dtype != torch.float32:
-        context = lambda: torch.autocast(device.type, dtype=dtype)  # noqa: E731
+        context = lambda: torch.autocast(device.type, dtype=dtype)
     micro_steps = sequences // micro_batch
     world.print(
         f"batch: {config.batch_tokens:,} tokens = {world.size} processes x {micro_steps} micro-steps x {micro_batch} "
@@ -478,11 +407,15 @@ def _train(config, world, device):
         header.update(cpu=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
         log = Log(config, header, step)
     record = log.pending if log and log.pending else dict(step=step)
-    evaluated = world.sum([float("val_loss" in record)], device)[0] > 0  # a resumed step may have been, before it stopped
+    evaluated = (
+        world.sum([float("val_loss" in record)], device)[0] > 0
+    )  # a resumed step may have been, before it stopped
 
     # From here on a signal lets the step finish, saves and stops; a second Ctrl-C stops at once.
     stop = []
-    old_handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    old_handlers = {
+        s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)
+    }
     stopped = False
     try:
         while True:
@@ -525,7 +458,11 @@ def _train(config, world, device):
             grad_norm = math.hypot(*norms)
             train_loss, signals = world.sum([loss_sum.item() / world.size, float(len(stop))], device)
             if not math.isfinite(train_loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-                what = f"the loss is {train_loss}" if not math.isfinite(train_loss) else f"a gradient's norm is {grad_norm}"
+                what = (
+                    f"the loss is {train_loss}"
+                    if not math.isfinite(train_loss)
+                    else f"a gradient's norm is {grad_norm}"
+                )
                 raise FloatingPointError(
                     f"step {step}: {what}; stopped before the update. Lower learning_rate or table_learning_rate, "
                     f"or lengthen warmup_steps; the last checkpoint in {config.out_dir} is untouched"
@@ -558,7 +495,9 @@ def _train(config, world, device):
             signal.signal(number, handler)
 
     if stopped:
-        world.print(f"stopped at step {step}; saved in {config.out_dir}/latest. Go on with the same command and --resume")
+        world.print(
+            f"stopped at step {step}; saved in {config.out_dir}/latest. Go on with the same command and --resume"
+        )
         return None
     if log:
         report(config, record, best, step, seconds, peak_memory(device))

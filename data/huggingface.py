@@ -86,6 +86,4 @@ def prepare(options, path, name, field, folder):
         sample = list(itertools.islice(documents(options, path, name, field), options.train_documents))
     words = tokenizer.choose(options.tokenizer, sample, options.vocab_size)
     source = options.data_files or f"{path} {name or ''}".strip()
-    bins.write(
-        options.out or folder, words, pieces(documents(options, path, name, field), words, options), source
-    )
+    bins.write(options.out or folder, words, pieces(documents(options, path, name, field), words, options), source)

@@ -1,10 +1,10 @@
 """Text to token ids and back: characters, bytes, or byte-pair encoding run by tiktoken.
 
-A tokenizer is saved as a small dictionary, its `spec`, in a data set's meta.json and in every checkpoint, and made again
-from it alone: sampling never looks for the data or the network. All three have
+A tokenizer is saved as a small dictionary, its `spec`, in a data set's meta.json and in every checkpoint, and made from
+it alone: sampling never looks for the data or the network. All three have
 
     encode(text) -> uint32 array      ValueError names what can't be encoded
-    to_bytes(ids) -> bytes            so that a stream of tokens can be decoded as it comes, in the middle of a character
+    to_bytes(ids) -> bytes            so that tokens can be decoded as they come, also in mid-character
     decode(ids) -> text
     vocab_size, spec, end             end: the id that separates documents, or None
 """
@@ -120,8 +120,8 @@ def from_spec(spec):
 
 
 def gpt2():
-    """GPT-2's tokenizer, 50,257 ids: from the ranks that openai-whisper ships where that is installed, else by tiktoken,
-    which downloads them once and caches them. ValueError says how to get them where neither works."""
+    """GPT-2's tokenizer, 50,257 ids: from the ranks that openai-whisper ships, where that is installed, else by
+    tiktoken, which downloads them once and caches them. ValueError says how to get them where neither works."""
     spec = importlib.util.find_spec("whisper")  # finds the package's folder, does not import it
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "assets" / "gpt2.tiktoken"
@@ -129,7 +129,9 @@ def gpt2():
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != GPT2_SHA256:
                 raise ValueError(f"{path} is not GPT-2's vocabulary (its checksum differs); reinstall openai-whisper")
-            pairs = sorted((int(rank), token) for token, rank in (line.split() for line in content.splitlines() if line))
+            pairs = sorted(
+                (int(rank), token) for token, rank in (line.split() for line in content.splitlines() if line)
+            )
             return BPE("gpt2", GPT2_PATTERN, [base64.b64decode(token) for _, token in pairs])
     import tiktoken
 
@@ -137,7 +139,7 @@ def gpt2():
         encoding = tiktoken.get_encoding("gpt2")
     except OSError as error:  # what requests raises where there is no network
         raise ValueError(
-            "tiktoken could not download GPT-2's vocabulary. Either `pip install --no-deps openai-whisper`, which ships "
+            "tiktoken could not download GPT-2's vocabulary. Either `pip install --no-deps openai-whisper`, which has "
             "it, or set TIKTOKEN_CACHE_DIR to a folder where it was cached, or pass --tokenizer=train for a vocabulary "
             f"of this corpus' own ({type(error).__name__})"
         ) from None

@@ -61,7 +61,7 @@ def cases(draw):
         "knots": rng.choice(knots, (B, F)),
     }
     x = kinds[draw(st.sampled_from(list(kinds)))]
-    as_tensor = lambda a: torch.from_numpy(np.asarray(a)).to(dtype)  # noqa: E731
+    as_tensor = lambda a: torch.from_numpy(np.asarray(a)).to(dtype)
     return as_tensor(x), as_tensor(rng.normal(size=(F, N, O))), width, as_tensor(rng.normal(size=(B, O)))
 
 
@@ -94,7 +94,7 @@ def test_gradcheck_away_from_knots(impl):
     x = torch.randn(4, 3, dtype=torch.float64) * 2
     u = (x + 2) * 5 / 4
     x = torch.where((u - u.round()).abs() < 0.05, x + 0.08, x).requires_grad_()
-    function = lambda x, w: torch.func.functional_call(layer, {"kan_weight": w}, x)  # noqa: E731
+    function = lambda x, w: torch.func.functional_call(layer, {"kan_weight": w}, x)
     assert torch.autograd.gradcheck(function, (x, layer.kan_weight))
 
 

@@ -1,7 +1,7 @@
 """The embedded corpus: the source of the standard library of the Python that runs this, about 12 MB, no network needed.
 
 Tests are left out (distributions differ in whether they ship them). One file in twenty, chosen by the hash of its name,
-is for validation. Another Python version is another corpus: compare losses within one version only; meta.json says which.
+is for validation. Another Python version is another corpus, so compare losses within one; meta.json says which.
 
     python data/python_stdlib/prepare.py                       bytes
     python data/python_stdlib/prepare.py --tokenizer=train     BPE of its own, 4,096 ids

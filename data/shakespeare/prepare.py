@@ -1,8 +1,8 @@
 """Tiny Shakespeare by GPT-2's BPE: 301,966 tokens to train on, 36,059 to validate, a vocabulary of 50,257.
 
-    python data/shakespeare/prepare.py                       downloads the text and, once, tiktoken's GPT-2 ranks
-    python data/shakespeare/prepare.py --input FILE          uses this text
-    python data/shakespeare/prepare.py --tokenizer=train     a BPE of the text's own; needs no ranks
+python data/shakespeare/prepare.py                       downloads the text and, once, tiktoken's GPT-2 ranks
+python data/shakespeare/prepare.py --input FILE          uses this text
+python data/shakespeare/prepare.py --tokenizer=train     a BPE of the text's own; needs no ranks
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Tiny Shakespeare by characters: 1,003,854 to train on, 111,540 to validate, a vocabulary of 65.
 
-    python data/shakespeare_char/prepare.py                  downloads the text
-    python data/shakespeare_char/prepare.py --input FILE     uses this text, any text
+python data/shakespeare_char/prepare.py                  downloads the text
+python data/shakespeare_char/prepare.py --input FILE     uses this text, any text
 """
 
 import sys

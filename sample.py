@@ -1,0 +1,80 @@
+"""Write text with a trained model. A checkpoint is all it needs.
+
+    python sample.py out/quickstart --prompt="def main"
+    python sample.py out/quickstart/latest --file=prompt.txt --num_samples=3 --temperature=0.7 --seed=1
+    echo "import" | python sample.py out/quickstart --prompt=-
+
+Text appears as it is made. With several samples, sample k uses seed + k.
+"""
+
+import codecs
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+import checkpoint
+import cli
+
+
+@dataclass
+class Options:
+    run: tyro.conf.Positional[str]  # a folder that train.py wrote (best/ is taken, else latest/) or one of these two
+    prompt: str = "\n"  # how the text begins; - reads standard input
+    file: str = ""  # a file that holds the prompt
+    num_samples: int = 1
+    max_new_tokens: int = 500
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int = 200  # sample among so many of the most likely tokens; 0: all
+    top_p: float = 1.0  # among the fewest whose probability adds up to this
+    seed: int = 1337
+    device: str = "cpu"  # cpu is fine for small models; cuda, mps
+    cache: bool = True  # keep keys and values; without, the same text, slower
+
+
+def read_prompt(options):
+    if options.file:
+        return Path(options.file).read_text(encoding="utf-8")
+    return sys.stdin.read() if options.prompt == "-" else options.prompt
+
+
+def main(arguments):
+    options = cli.parse(Options, arguments)
+    if options.num_samples < 1 or options.max_new_tokens < 1:
+        raise ValueError("num_samples and max_new_tokens must be at least 1")
+    try:
+        device = torch.device(options.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {options.device} can't be used here: {str(error).splitlines()[0]}") from None
+    model, words, info = checkpoint.load_model(options.run, device)
+    prompt = read_prompt(options)
+    ids = words.encode(prompt).astype("int64")
+    if len(ids) == 0:
+        raise ValueError("the prompt is empty; give at least one character")
+    context = torch.from_numpy(ids).to(device).view(1, -1)
+    print(f"{checkpoint.find(options.run)}, step {info['step']}", file=sys.stderr)
+    for sample in range(options.num_samples):
+        if sample:
+            print("\n" + "-" * 80)
+        # A token may end in the middle of a character: the decoder keeps the bytes until the rest comes.
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        print(prompt, end="", flush=True)
+        stream = model.stream(
+            context,
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k or None,
+            top_p=options.top_p if options.top_p != 1 else None,
+            seed=options.seed + sample,
+            use_cache=options.cache,
+        )
+        for token in stream:
+            print(decoder.decode(words.to_bytes([token.item()])), end="", flush=True)
+        print(decoder.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,91 @@
+"""Small data and small runs that several test files share. Run all tests with `make test`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from data import bins, tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = dict(
+    n_layer=2,
+    n_head=2,
+    n_embd=16,
+    block_size=16,
+    batch_tokens=128,
+    max_steps=12,
+    warmup_steps=2,
+    eval_interval=5,
+    eval_tokens=256,
+    device="cpu",
+    dtype="float32",
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_torch():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def text():
+    """15 kB that have something to learn: a repeated phrase with numbers in it."""
+    return "".join(f"{n} green bottles hanging on the wall, and {n * n % 97} of them fall.\n" for n in range(230))
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("data") / "bottles"
+    words = tokenizer.Characters(text)
+    cut = len(text) * 9 // 10
+    pieces = [(s, t, words.encode(t)) for s, t in (("train", text[:cut]), ("val", text[cut:]))]
+    bins.write(folder, words, pieces, "bottles")
+    return folder
+
+
+@pytest.fixture
+def tiny(data_folder, tmp_path):
+    """Makes configurations of a run that takes half a second: tiny(out_dir="a", mlp="gelu")."""
+
+    def make(out_dir="run", **options):
+        return train.TrainConfig(**{**TINY, "data": str(data_folder), "out_dir": str(tmp_path / out_dir), **options})
+
+    return make
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs one of the scripts as a person would; returns the finished process."""
+
+    def run(*arguments, input=None, env=None, module=None, cwd=tmp_path):
+        name, *rest = map(str, arguments)
+        command = [sys.executable, *(module or []), str(ROOT / name), *rest]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        return subprocess.run(
+            command, input=input, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300
+        )
+
+    return run
+
+
+def as_options(config):
+    """A configuration as command-line options."""
+    return [f"--{name}={value}" for name, value in vars(config).items()]
+
+
+def assert_one_line(process, *words):
+    """A person's mistake: a non-zero exit and a single line that says what and how to mend it."""
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in process.stderr, process.stderr
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, process.stderr
+    for word in words:
+        assert word in lines[0], lines[0]

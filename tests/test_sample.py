@@ -1,0 +1,126 @@
+"""Sampling from a checkpoint, plotting, and what the README promises."""
+
+import re
+import shutil
+
+import pytest
+from conftest import ROOT, assert_one_line
+
+import plot
+import train
+from data import bins, tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_folder):
+    """Two runs of the same tiny data, a KAN and an MLP."""
+    from conftest import TINY
+
+    folder = tmp_path_factory.mktemp("runs")
+    for mlp in ("kan", "gelu"):
+        options = {**TINY, "max_steps": 60, "eval_interval": 30, "learning_rate": 1e-2, "table_learning_rate": 1e-2}
+        train.train(train.TrainConfig(**options, data=str(data_folder), out_dir=str(folder / mlp), mlp=mlp))
+    return folder
+
+
+def test_a_checkpoint_is_all_it_needs(script, trained, tmp_path):
+    shutil.copytree(trained / "kan" / "best", tmp_path / "alone")  # neither log nor data beside it
+    a = script("sample.py", tmp_path / "alone", "--prompt=7 green", "--max_new_tokens=60", "--seed=3")
+    assert a.returncode == 0 and a.stdout.startswith("7 green") and len(a.stdout) == len("7 green") + 60 + 1, a.stderr
+    b = script("sample.py", trained / "kan", "--prompt=7 green", "--max_new_tokens=60", "--seed=3", "--no-cache")
+    assert b.stdout == a.stdout and "best" in b.stderr
+    c = script("sample.py", trained / "kan", "--prompt=7 green", "--max_new_tokens=60", "--seed=4")
+    assert c.stdout != a.stdout
+
+
+def test_prompts_from_a_file_and_from_standard_input(script, trained, tmp_path):
+    (tmp_path / "p.txt").write_text("12 green")
+    for options, input in ((["--file=p.txt"], None), (["--prompt=-"], "12 green")):
+        done = script("sample.py", trained / "kan", *options, "--max_new_tokens=20", "--num_samples=3", input=input)
+        samples = done.stdout.split("\n" + "-" * 80 + "\n")
+        assert len(samples) == 3 and all(s.startswith("12 green") for s in samples) and len(set(samples)) == 3
+
+
+def test_sampling_mistakes_end_in_one_line(script, trained, tmp_path):
+    run = trained / "kan"
+    assert_one_line(script("sample.py", run, "--prompt=Ärger"), "does not know 'Ä' (U+00C4)")
+    assert_one_line(script("sample.py", run, "--prompt="), "the prompt is empty")
+    assert_one_line(script("sample.py", tmp_path / "none"), "no checkpoint in", "train.py")
+    assert_one_line(script("sample.py", run, "--file=none.txt"), "none.txt")
+    assert_one_line(script("sample.py", run, "--prompt=7", "--temperature=-1"), "temperature must be")
+    assert_one_line(script("sample.py", run, "--tempreature=1"), "did you mean temperature?")
+    assert_one_line(script("sample.py", run, "--num_samples=0"), "at least 1")
+    assert_one_line(script("sample.py", run, "--device=cuda:7"), "device cuda:7 can't be used here")
+    shutil.copytree(run, tmp_path / "broken")
+    (tmp_path / "broken" / "best" / "weights.safetensors").write_bytes(b"oops")
+    assert_one_line(script("sample.py", tmp_path / "broken", "--prompt=7"), "is damaged", "latest")
+
+
+def test_characters_cut_by_tokens_arrive_whole(script, tmp_path, text):
+    words = tokenizer.Bytes()
+    poem = "äöü ÄÖÜ ß — " * 400
+    bins.write(tmp_path / "d", words, [("train", poem, words.encode(poem)), ("val", poem, words.encode(poem))], "x")
+    from conftest import TINY
+
+    options = {**TINY, "max_steps": 80, "eval_interval": 80, "learning_rate": 1e-2, "table_learning_rate": 1e-2}
+    train.train(train.TrainConfig(**options, data=str(tmp_path / "d"), out_dir=str(tmp_path / "run")))
+    done = script("sample.py", tmp_path / "run", "--prompt=ä", "--max_new_tokens=60", "--temperature=0", "--top_k=0")
+    assert (
+        done.returncode == 0
+        and "\ufffd" not in done.stdout
+        and set(done.stdout) <= set(poem + "\n")
+        and len(done.stdout) > 20
+    )
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("against", ["steps", "tokens", "seconds"])
+def test_loss_curves_of_several_runs(script, trained, tmp_path, against):
+    done = script("plot.py", trained / "kan", trained / "gelu", f"--against={against}", "--out=a/b.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a" / "b.png").stat().st_size > 10_000
+
+
+def test_curves_that_were_learned(script, trained, tmp_path):
+    assert script("plot.py", trained / "kan", "--curves", "--out=c.png").returncode == 0
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+    assert_one_line(script("plot.py", trained / "gelu", "--curves"), "has no splines: its mlp is gelu")
+    assert_one_line(script("plot.py", tmp_path / "none"), "log.jsonl")
+    assert_one_line(script("plot.py"), "name at least one folder")
+    with pytest.raises(ValueError, match="damaged in line 2"):
+        (tmp_path / "log.jsonl").write_text('{"config": {}}\n{"step": 1')
+        plot.read_log(tmp_path)
+
+
+# The README -----------------------------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_names_what_exists():
+    for path in re.findall(r"`([\w/]+\.(?:py|toml|md))`", README):
+        assert (ROOT / path).exists(), path
+    for command in re.findall(r"^(?:\S*python|torchrun[^\n]*?) ((?:data/\w+/)?\w+\.py)[ \n]", README, re.M):
+        assert (ROOT / command).is_file(), command
+    targets = re.findall(r"^make (\w+)", README, re.M)
+    assert {"quickstart", "test"} <= set(targets)
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_the_readmes_options_exist():
+    import cli
+
+    for line in re.findall(r"^(?:\S*python|torchrun .*?) train\.py (.*)$", README, re.M):
+        config = cli.parse(train.TrainConfig, line.split("#")[0].split(), toml=True)
+        config.check()
+
+
+def test_the_readmes_python_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})

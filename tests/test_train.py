@@ -1,0 +1,467 @@
+"""Training: configuration, exact resuming, several processes, what it writes, and what it says to mistakes."""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, as_options, assert_one_line
+
+import checkpoint
+import cli
+import log
+import train
+from model import GPT, GPTConfig
+
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def sha256(out_dir, name="latest"):
+    return hashlib.sha256((Path(out_dir) / name / "weights.safetensors").read_bytes()).hexdigest()
+
+
+def steps(out_dir):
+    return log.read_log(out_dir)[1]
+
+
+# Configuration --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_makes_a_model(path):
+    config = cli.parse(train.TrainConfig, [str(path)], toml=True)
+    config.check()
+    given = tomllib.loads(path.read_text())
+    assert all(getattr(config, key) == value for key, value in given.items())
+    with torch.device("meta"):
+        model = GPT(config.model_config(50257 if "gpt2" in path.stem else 256))
+    assert model.count_parameters()["total"] > 1000
+    world = train.World()
+    world.size = 8 if "gpt2" in path.stem else 1
+    sequences, micro_batch = train.divide_batch(config, world)
+    assert sequences * config.block_size * world.size == config.batch_tokens and sequences % micro_batch == 0
+    assert (ROOT / "data" / config.data / "prepare.py").is_file()
+    assert config.out_dir == f"out/{path.stem}"
+
+
+@pytest.mark.parametrize("stem", ["shakespeare_char_cpu", "shakespeare_char_gpu", "gpt2_124m"])
+def test_pairs_differ_in_the_mlp_alone(stem):
+    kan, mlp = (cli.parse(train.TrainConfig, [f"{ROOT}/configs/{stem}_{k}.toml"], toml=True) for k in ("kan", "mlp"))
+    differ = {name for name, value in asdict(kan).items() if asdict(mlp)[name] != value}
+    assert differ <= {"out_dir", "mlp", "table_learning_rate"} and mlp.mlp == "gelu"
+    sizes = [train.GPT(c.model_config(65)).count_parameters()["total"] for c in (kan, mlp) if "gpt2" not in stem]
+    assert len(set(sizes)) <= 1
+
+
+def test_the_knobs_have_the_names_people_know():
+    names = (
+        "out_dir data resume seed device dtype compile mlp n_layer n_head n_embd block_size dropout kan_control_points "
+        "kan_width kan_hidden batch_tokens max_steps eval_interval eval_tokens learning_rate table_learning_rate "
+        "weight_decay wandb"
+    ).split()
+    assert set(names) <= {field.name for field in fields(train.TrainConfig)}
+    assert {f.name for f in fields(GPTConfig)} - {"vocab_size"} <= {f.name for f in fields(train.TrainConfig)}
+
+
+def parse(*arguments):
+    return cli.parse(train.TrainConfig, arguments, toml=True)
+
+
+def test_command_line_forms(tmp_path):
+    assert (
+        parse("--max_steps=300").max_steps
+        == parse("--max-steps", "300").max_steps
+        == parse("--max_steps", "300").max_steps
+        == 300
+    )
+    assert parse("--resume").resume and parse("--resume=True").resume and parse("--resume=true").resume
+    assert not parse("--resume", "--no-resume").resume and not parse("--resume=False").resume
+    assert parse("--learning_rate=1").learning_rate == 1.0 and parse("--learning-rate", "1e-4").learning_rate == 1e-4
+    path = tmp_path / "a.toml"
+    path.write_text('mlp = "gelu"\nlearning_rate = 1\nwandb = true\nmax_steps = 7\n')
+    config = parse(str(path), "--max_steps=9")
+    assert (config.mlp, config.learning_rate, config.wandb, config.max_steps) == ("gelu", 1.0, True, 9)
+
+
+@pytest.mark.parametrize(
+    "toml, arguments, message",
+    [
+        ("", ["--max_stps=3"], "unknown option --max_stps; did you mean max_steps?"),
+        ("", ["--leraning-rate", "3"], "unknown option --leraning_rate; did you mean learning_rate?"),
+        ("n_layers = 3", [], "unknown option n_layers; did you mean n_layer?"),
+        ("n_layer = ", [], "is not valid TOML"),
+        ("", ["--resume=maybe"], "--resume is True or False, got 'maybe'"),
+    ],
+)
+def test_wrong_names_meet_the_nearest_right_one(tmp_path, toml, arguments, message):
+    path = tmp_path / "a.toml"
+    path.write_text(toml)
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        parse(str(path), *arguments)
+
+
+def test_mistakes_end_in_one_line(script, tiny, tmp_path):
+    good = as_options(tiny())
+    assert_one_line(script("train.py", "configs/nope.toml"), "no configuration configs/nope.toml")
+    assert_one_line(script("train.py", ROOT / "configs/nope.toml"), "quickstart.toml")
+    assert_one_line(script("train.py", "--max_stps=3"), "did you mean max_steps?")
+    assert_one_line(script("train.py", *good, "--n_head=3"), "multiple of n_head = 3")
+    assert_one_line(
+        script("train.py", *good, "--batch_tokens=100"), "batch_tokens = 100 must be a multiple", "96 or 112"
+    )
+    assert_one_line(script("train.py", *good, "--data=none"), "no data set 'none'")
+    assert_one_line(script("train.py", *good, "--device=tpu9"), "device tpu9 can't be used here")
+    assert_one_line(script("train.py", *good, "--dtype=float16"), "float16 has no gradient scaling on a CPU")
+    assert_one_line(script("train.py", *good, "--resume"), "no checkpoint in")
+    assert_one_line(script("train.py", *good, "--learning_rate=-1"), "learning_rate must be above 0, got -1")
+    assert_one_line(script("train.py", *good, "--learning_rate=nan"), "learning_rate must be above 0, got nan")
+    typed = script("train.py", *good, "--max_steps=many")
+    assert typed.returncode == 2 and "--max-steps" in typed.stderr and "Traceback" not in typed.stderr
+    assert not (tmp_path / "run").exists()
+    help = script("train.py", "--help")
+    assert help.returncode == 0 and "--table-learning-rate" in help.stdout and "control points" in help.stdout
+
+
+# A run ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_it_should(tiny, capsys):
+    config = tiny(mlp="kan")
+    result = train.train(config)
+    out = Path(config.out_dir)
+    header, records = log.read_log(out)
+    assert [r["step"] for r in records] == list(range(13))
+    assert [r["step"] for r in records if "val_loss" in r] == [0, 5, 10, 12]  # the end is always evaluated
+    keys = {"step", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "seconds", "peak_memory"}
+    assert keys <= set(records[-1]) and keys - {"val_loss"} <= set(records[1])
+    assert records[-1]["val_loss"] < records[0]["val_loss"] and result["val_loss"] == records[-1]["val_loss"]
+    assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(records[1:]))
+    assert header["seed"] == 1337 and header["config"]["n_embd"] == 16 and header["torch"] == torch.__version__
+    for name in ("latest", "best"):
+        assert {p.name for p in (out / name).iterdir()} == {"weights.safetensors", "config.json", "optimizer.pt"}
+    assert json.loads((out / "latest" / "config.json").read_text())["step"] == 12
+    assert (out / "loss.png").stat().st_size > 5000
+    assert not list(out.glob("*.tmp")) and not list(out.glob("*.old"))
+    printed = capsys.readouterr().out
+    for words in (
+        "device: cpu",
+        "dtype: float32 (as asked)",
+        "compile: False (eager",
+        "parameters:",
+        "flops per token:",
+    ):
+        assert words in printed
+
+
+def test_the_same_seed_is_the_same_run(tiny):
+    runs = [train.train(tiny(out, seed=seed, dropout=0.1)) for out, seed in (("a", 1), ("b", 1), ("c", 2))]
+    a, b, c = (sha256(tiny(out).out_dir) for out in "abc")
+    assert a == b != c and runs[0]["val_loss"] == runs[1]["val_loss"] != runs[2]["val_loss"]
+
+
+def test_evaluating_more_often_changes_nothing(tiny):
+    train.train(tiny("a", dropout=0.1))
+    train.train(tiny("b", dropout=0.1, eval_interval=2, eval_tokens=0, log_interval=3))
+    assert sha256(tiny("a").out_dir) == sha256(tiny("b").out_dir)
+
+
+def test_micro_steps_add_up(tiny):
+    whole = train.train(tiny("a"))
+    parts = train.train(tiny("b", micro_batch=3))  # 8 sequences: 4 micro-steps of 2
+    assert abs(whole["train_loss"] - parts["train_loss"]) < 1e-5 and abs(whole["grad_norm"] - parts["grad_norm"]) < 1e-4
+
+
+def test_best_is_the_best(tiny):
+    # A rate that ruins the model after a good start.
+    config = tiny(max_steps=30, eval_interval=5, warmup_steps=25, learning_rate=1.0, table_learning_rate=1.0)
+    result = train.train(config)
+    records = [r for r in steps(config.out_dir) if "val_loss" in r and r["step"] > 0]
+    best = min(records, key=lambda r: r["val_loss"])
+    info = json.loads((Path(config.out_dir) / "best" / "config.json").read_text())
+    assert best["step"] < 30 and info["step"] == best["step"] and info["best_val_loss"] == best["val_loss"]
+    assert result["best_val_loss"] == best["val_loss"]
+
+
+def test_an_earlier_run_is_moved_aside(tiny, capsys):
+    config = tiny()
+    train.train(config)
+    first = sha256(config.out_dir)
+    train.train(replace(config, seed=1))
+    train.train(replace(config, seed=2))
+    assert sha256(config.out_dir + ".1") == first and Path(config.out_dir + ".2").is_dir()
+    assert "is now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options", [dict(mlp="swiglu"), dict(kan_hidden=8, position="rope", qk_norm=True, norm="rmsnorm")]
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_other_models_and_optimizers_learn(tiny, options, optimizer):
+    result = train.train(tiny(optimizer=optimizer, schedule="wsd", max_steps=40, learning_rate=1e-2, **options))
+    assert result["val_loss"] < 2.9
+
+
+def test_table_and_matrix_rates_are_apart(tiny):
+    optimizers = train.make_optimizers(GPT(tiny().model_config(30)), tiny(), torch.device("cpu"))
+    (adamw,) = optimizers
+    rates = {tuple(group["params"][0].shape)[1:]: (group["lr"], group["weight_decay"]) for group in adamw.param_groups}
+    assert rates[(8, 16)] == (3e-4, 0.0)  # tables
+    assert rates[(16,)] == (3e-3, 0.1) and rates[()] == (3e-3, 0.0)  # a matrix, a norm
+
+
+def test_schedules():
+    config = train.TrainConfig(max_steps=100, warmup_steps=10, min_lr=0.1)
+    cosine = [train.schedule(config, s) for s in range(101)]
+    assert cosine[0] == 0.1 and cosine[9] == cosine[10] == 1.0 and abs(cosine[55] - 0.55) < 0.01 and cosine[100] == 0.1
+    wsd = [train.schedule(replace(config, schedule="wsd"), s) for s in range(101)]
+    assert wsd[9] == wsd[80] == 1.0 and abs(wsd[91] - 0.55) < 0.01 and abs(wsd[100] - 0.1) < 1e-12
+    assert train.schedule(replace(config, decay_steps=50), 90) == 0.1
+
+
+def test_the_spline_tables_have_a_clip_of_their_own(tiny):
+    unclipped = train.train(tiny("a", grad_clip=0, table_grad_clip=0, max_steps=1))
+    tables = train.train(tiny("b", grad_clip=0, table_grad_clip=1e-9, max_steps=1))
+    assert unclipped["grad_norm"] == tables["grad_norm"]  # logged before clipping
+    a, b = (checkpoint.load_model(tiny(o).out_dir)[0] for o in "ab")
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q) != name.endswith("kan_weight"), name
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(script, tiny, tmp_path):
+    config = tiny(max_steps=60, learning_rate=1e25, warmup_steps=0, eval_interval=1)
+    failed = script("train.py", *as_options(config))
+    assert_one_line(failed, "stopped before the update", "Lower learning_rate", "step ")
+    step = int(failed.stderr.split("step ")[1].split(":")[0])
+    info = json.loads((Path(config.out_dir) / "latest" / "config.json").read_text())
+    assert info["step"] == step
+    model, _, _ = checkpoint.load_model(Path(config.out_dir) / "latest")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.skipif(os.environ.get("NO_COMPILER") == "1", reason="asked to do without a C++ compiler")
+def test_compiled_training_is_the_same(tiny):
+    eager, compiled = train.train(tiny("a")), train.train(tiny("b", compile="true"))
+    assert abs(eager["val_loss"] - compiled["val_loss"]) < 1e-4
+
+
+def test_bfloat16_training(tiny):
+    assert abs(train.train(tiny("a", dtype="bfloat16"))["val_loss"] - train.train(tiny("b"))["val_loss"]) < 0.05
+
+
+def test_wandb_offline(script, tiny, tmp_path):
+    done = script("train.py", *as_options(tiny()), "--wandb", env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert next(folder.glob("run-*.wandb")).stat().st_size > 1000
+
+
+# Stopping and resuming ------------------------------------------------------------------------------------------------
+
+
+def start(config, *more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *as_options(config), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("options", [dict(), dict(optimizer="muon", schedule="wsd", mlp="swiglu")])
+def test_stopped_and_resumed_is_bitwise_the_same(tiny, number, options):
+    config = tiny("killed", max_steps=400, eval_interval=150, dropout=0.1, micro_batch=4, log_interval=1, **options)
+    process = start(config)
+    for line in process.stdout:
+        if line.startswith("step ") and int(line.split()[1]) >= 70:
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and not err, err
+    stopped = json.loads((Path(config.out_dir) / "latest" / "config.json").read_text())["step"]
+    assert 70 <= stopped < 400 and f"stopped at step {stopped}" in out and "--resume" in out
+
+    resumed = start(config, "--resume")
+    out, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0 and f"at step {stopped}" in out, err
+    whole = start(replace(config, out_dir=config.out_dir + "whole"))
+    assert whole.wait(timeout=120) == 0
+    assert sha256(config.out_dir) == sha256(config.out_dir + "whole")
+    a, b = steps(config.out_dir), steps(config.out_dir + "whole")
+    assert [r["step"] for r in a] == list(range(401))
+    for key in ("train_loss", "val_loss", "grad_norm", "lr"):
+        assert [r.get(key) for r in a] == [r.get(key) for r in b]
+
+
+def test_killed_without_warning_goes_on_from_the_last_checkpoint(tiny):
+    config = tiny("killed", max_steps=300, eval_interval=40, log_interval=1)
+    process = start(config)
+    for line in process.stdout:
+        if line.startswith("step ") and int(line.split()[1]) >= 100:
+            break
+    process.kill()
+    process.communicate()
+    train.train(replace(config, resume=True))
+    train.train(replace(config, out_dir=config.out_dir + "whole"))
+    assert sha256(config.out_dir) == sha256(config.out_dir + "whole")
+    assert [r["step"] for r in steps(config.out_dir)] == list(range(301))
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny):
+    config = tiny()
+    first = train.train(config)
+    before, lines = sha256(config.out_dir), steps(config.out_dir)
+    again = train.train(replace(config, resume=True))
+    assert (
+        sha256(config.out_dir) == before and steps(config.out_dir) == lines and again["val_loss"] == first["val_loss"]
+    )
+
+
+def test_extending_needs_a_schedule_that_allows_it(tiny):
+    config = tiny(decay_steps=20)
+    train.train(config)
+    train.train(replace(config, resume=True, max_steps=20))
+    train.train(replace(config, out_dir=config.out_dir + "whole", max_steps=20))
+    assert sha256(config.out_dir) == sha256(config.out_dir + "whole")
+    with pytest.raises(ValueError, match=r"schedule .* ended at 20 and ends at 30"):
+        train.train(replace(config, resume=True, decay_steps=0, max_steps=30))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(learning_rate=1e-2), "learning_rate was 0.003 and is 0.01"),
+        (dict(n_layer=3), "n_layer was 2 and is 3"),
+        (dict(seed=1), "seed was 1337 and is 1"),
+        (dict(max_steps=13), "schedule .* ended at 12 and ends at 13"),
+        (dict(dtype="bfloat16"), "dtype was 'float32' and is 'bfloat16'"),
+    ],
+)
+def test_a_different_run_is_not_resumed(tiny, change, message):
+    config = tiny()
+    train.train(config)
+    before = sha256(config.out_dir)
+    with pytest.raises(ValueError, match=message):
+        train.train(replace(config, resume=True, **change))
+    assert sha256(config.out_dir) == before
+    train.train(replace(config, resume=True, eval_interval=6, micro_batch=2, log_interval=1))
+
+
+def test_changed_data_is_not_resumed(tiny, data_folder, tmp_path):
+    shutil.copytree(data_folder, tmp_path / "d")
+    config = tiny(data=str(tmp_path / "d"))
+    train.train(config)
+    meta = json.loads((tmp_path / "d" / "meta.json").read_text())
+    (tmp_path / "d" / "meta.json").write_text(json.dumps({**meta, "source_sha256": "0"}))
+    with pytest.raises(ValueError, match="was prepared anew and differs"):
+        train.train(replace(config, resume=True))
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("weights.safetensors", lambda p: os.truncate(p, 1000), r"weights\.safetensors is damaged .*; try .*best"),
+        ("weights.safetensors", lambda p: p.unlink(), r"weights\.safetensors is missing; try .*best"),
+        ("optimizer.pt", lambda p: os.truncate(p, 1000), r"optimizer\.pt is damaged .*; try .*best"),
+        ("optimizer.pt", lambda p: p.write_bytes(b""), r"optimizer\.pt is damaged"),
+        ("config.json", lambda p: os.truncate(p, 100), r"config\.json is damaged"),
+        ("config.json", lambda p: p.write_text("{}"), r"config\.json is damaged: it lacks"),
+    ],
+)
+def test_damaged_checkpoints_are_named(tiny, name, change, message):
+    config = tiny()
+    train.train(config)
+    latest = Path(config.out_dir) / "latest"
+    target = latest / name
+    copy = target.read_bytes()
+    target.unlink()  # not in place: best shares the file
+    target.write_bytes(copy)
+    change(target)
+    with pytest.raises(ValueError, match=message):
+        train.train(replace(config, resume=True))
+    checkpoint.load_model(Path(config.out_dir) / "best")
+
+
+def test_a_checkpoint_survives_a_crash_between_its_renames(tiny):
+    config = tiny()
+    train.train(config)
+    out = Path(config.out_dir)
+    os.rename(out / "latest", out / "latest.old")
+    assert checkpoint.find(out, ("latest",)) == out / "latest.old"
+    train.train(replace(config, resume=True))
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(tiny, monkeypatch):
+    config = tiny()
+    train.train(config)
+    before = sha256(config.out_dir)
+
+    def full(*a, **k):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(config.out_dir, GPT(config.model_config(30)), {}, {})
+    assert sha256(config.out_dir) == before
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def torchrun(script, processes, config, *more, env=None):
+    module = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return script("train.py", *as_options(config), *more, module=module, env=env)
+
+
+def test_two_processes_are_the_same_run_as_one(script, tiny):
+    one, two = tiny("one", max_steps=20, micro_batch=2), tiny("two", max_steps=20, micro_batch=2)
+    train.train(one)
+    done = torchrun(script, 2, two)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes x 2 micro-steps x 2 sequences" in done.stdout
+    a, b = steps(one.out_dir), steps(two.out_dir)
+    assert [r["step"] for r in b] == list(range(21))
+    for x, y in zip(a[1:], b[1:], strict=True):
+        assert abs(x["train_loss"] - y["train_loss"]) < 1e-5, (x, y)
+        assert abs(x["grad_norm"] - y["grad_norm"]) < 1e-4
+        assert abs(x.get("val_loss", 0) - y.get("val_loss", 0)) < 1e-5
+    # and goes on as one, or as two
+    resumed = train.train(replace(two, resume=True, out_dir=two.out_dir))
+    assert abs(resumed["val_loss"] - a[-1]["val_loss"]) < 1e-5
+
+
+def test_two_processes_stop_together(tiny):
+    config = tiny("two", max_steps=5000, eval_interval=1000, log_interval=1)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train.py"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [*command, *as_options(config)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
+    for line in process.stdout:
+        if line.startswith("step ") and int(line.split()[1]) >= 20:
+            break
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "stopped at step" in out
+    stopped = json.loads((Path(config.out_dir) / "latest" / "config.json").read_text())["step"]
+    assert 20 <= stopped < 5000
+    assert time.time() - (Path(config.out_dir) / "latest").stat().st_mtime < 60
+
+
+def test_a_batch_that_does_not_divide_is_refused(script, tiny):
+    done = torchrun(script, 3, tiny())
+    assert done.returncode != 0 and "must be a multiple of block_size * processes = 48; try 96 or 144" in done.stderr
