@@ -101,7 +101,9 @@ def load_optimizer_state(folder):
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; {_remedy(folder)}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); {_remedy(folder)}") from None
+        raise ValueError(
+            f"{path} is damaged ({(str(error) or 'it is empty').splitlines()[0]}); {_remedy(folder)}"
+        ) from None
 
 
 def _remedy(folder):

@@ -413,9 +413,7 @@ class KANLayer(nn.Module):
             pairs = [tuple(int(k) for k in edge) for edge in edges]
             for pair in pairs:
                 if len(pair) != 2 or not (0 <= pair[0] < self.in_features and 0 <= pair[1] < self.out_features):
-                    raise ValueError(
-                        f"edge {pair} does not exist in a layer of {self.in_features} inputs and {self.out_features} outputs"
-                    )
+                    raise ValueError(f"edge {pair} does not exist in a layer {self.in_features} to {self.out_features}")
             wanted = torch.tensor([f * self.out_features + o for f, o in pairs], dtype=torch.long)
         if len(wanted) == 0:
             raise ValueError("no edges to plot; pass at least one (in_feature, out_feature) pair")

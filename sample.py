@@ -17,6 +17,7 @@ import tyro
 
 import checkpoint
 import cli
+from model import check_sampling
 
 
 @dataclass
@@ -54,7 +55,13 @@ def main(arguments):
     ids = words.encode(prompt).astype("int64")
     if len(ids) == 0:
         raise ValueError("the prompt is empty; give at least one character")
+    sampling = dict(
+        temperature=options.temperature,
+        top_k=options.top_k or None,
+        top_p=options.top_p if options.top_p != 1 else None,
+    )
     context = torch.from_numpy(ids).to(device).view(1, -1)
+    check_sampling(context, **sampling)
     print(f"{checkpoint.find(options.run)}, step {info['step']}", file=sys.stderr)
     for sample in range(options.num_samples):
         if sample:
@@ -65,9 +72,7 @@ def main(arguments):
         stream = model.stream(
             context,
             options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k or None,
-            top_p=options.top_p if options.top_p != 1 else None,
+            **sampling,
             seed=options.seed + sample,
             use_cache=options.cache,
         )

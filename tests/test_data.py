@@ -27,7 +27,7 @@ def every_tokenizer():
     yield tokenizer.gpt2()
 
 
-@pytest.mark.parametrize("words", every_tokenizer(), ids=["characters", "bytes", "trained", "gpt2"])
+@pytest.mark.parametrize("words", list(every_tokenizer()), ids=["characters", "bytes", "trained", "gpt2"])
 def test_round_trip_and_spec(words):
     ids = words.encode(POEM)
     assert ids.dtype == np.uint32 and ids.max() < words.vocab_size
@@ -196,9 +196,10 @@ def test_a_download_is_checked(monkeypatch, tmp_path):
     assert shakespeare.read("", tmp_path) == text  # kept
 
 
-@pytest.mark.parametrize("name", ["openwebtext", "fineweb_edu"])
-@pytest.mark.parametrize("format", ["jsonl", "parquet"])
-@pytest.mark.parametrize("kind", ["gpt2", "train", "byte"])
+@pytest.mark.parametrize(
+    "name, format, kind",
+    [("openwebtext", "jsonl", "gpt2"), ("fineweb_edu", "parquet", "train"), ("openwebtext", "parquet", "byte")],
+)
 def test_hugging_face_from_local_files(name, format, kind, script, tmp_path):
     texts = [f"Document {n} says that {n * n} is the square of {n}.\nÜbrigens." for n in range(1200)]
     path = tmp_path / f"docs.{format}"
