@@ -24,9 +24,7 @@ class Log:
     def __init__(self, config, header, step):
         self.config, self.pending = config, None
         path = Path(config.out_dir) / "log.jsonl"
-        if (
-            step and path.is_file()
-        ):  # forget what came after the checkpoint; the record of its own step may be completed
+        if step and path.is_file():  # what came after the checkpoint is forgotten; its own record may be completed
             kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             self.pending = next((r for r in kept if r.get("step") == step), None)
             lines = [json.dumps(r) + "\n" for r in kept if r.get("step", -1) < step]
@@ -90,7 +88,7 @@ def git_hash():
 def move_aside(out_dir, world):
     """An earlier run in out_dir becomes out_dir.1, out_dir.2, ...: nothing is overwritten."""
     out = Path(out_dir)
-    if world.rank == 0 and (out / "log.jsonl").exists():
+    if world.rank == 0 and any((out / name).exists() for name in ("log.jsonl", "latest")):
         number = next(n for n in range(1, 10**6) if not Path(f"{out}.{n}").exists())
         os.rename(out, f"{out}.{number}")
         world.print(f"the earlier run in {out} is now {out}.{number}")

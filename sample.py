@@ -17,6 +17,7 @@ import tyro
 
 import checkpoint
 import cli
+from device import World, choose_device
 from model import check_sampling
 
 
@@ -31,7 +32,7 @@ class Options:
     top_k: int = 200  # sample among so many of the most likely tokens; 0: all
     top_p: float = 1.0  # among the fewest whose probability adds up to this
     seed: int = 1337
-    device: str = "cpu"  # cpu is fine for small models; cuda, mps
+    device: str = "cpu"  # fine for small models; else auto, cuda, mps
     cache: bool = True  # keep keys and values; without, the same text, slower
 
 
@@ -45,11 +46,7 @@ def main(arguments):
     options = cli.parse(Options, arguments)
     if options.num_samples < 1 or options.max_new_tokens < 1:
         raise ValueError("num_samples and max_new_tokens must be at least 1")
-    try:
-        device = torch.device(options.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {options.device} can't be used here: {str(error).splitlines()[0]}") from None
+    device = choose_device(options.device, World())
     model, words, info = checkpoint.load_model(options.run, device)
     prompt = read_prompt(options)
     ids = words.encode(prompt).astype("int64")

@@ -17,13 +17,9 @@ stopped and resumed ends with bitwise the weights of one that was not (on a CPU)
 
 import contextlib
 import math
-import os
 import platform
-import resource
 import signal
-import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -35,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 from data.bins import TokenData
+from device import World, choose_compile, choose_device, choose_dtype, peak_memory
 from log import Log, git_hash, move_aside
 from model import GPT, GPTConfig, match_parameters
 
@@ -95,18 +92,14 @@ class TrainConfig:
     wandb_project: str = "splinegpt"
 
     def check(self):
-        for name in ("batch_tokens", "eval_interval", "log_interval", "learning_rate", "table_learning_rate", "beta1"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("max_steps", "micro_batch", "weight_decay", "table_weight_decay", "grad_clip", "table_grad_clip"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("warmup_steps", "decay_steps", "eval_tokens", "match_parameters", "min_lr", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("beta1", "beta2", "min_lr"):
-            if not getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
+        above = "batch_tokens eval_interval log_interval learning_rate table_learning_rate".split()
+        at_least = "max_steps micro_batch warmup_steps decay_steps eval_tokens match_parameters seed".split()
+        at_least += "weight_decay table_weight_decay grad_clip table_grad_clip".split()
+        for name, value in vars(self).items():
+            if (name in above and not value > 0) or (name in at_least and not value >= 0):
+                raise ValueError(f"{name} must be {'above' if name in above else 'at least'} 0, got {value}")
+            if name in ("beta1", "beta2", "min_lr") and not 0 <= value <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
 
     @property
     def schedule_end(self):
@@ -122,88 +115,6 @@ class TrainConfig:
 FREE_TO_CHANGE = (
     "out_dir resume device compile micro_batch eval_interval log_interval wandb wandb_project max_steps decay_steps"
 ).split()
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Where it runs
-
-
-class World:
-    """The processes that train together: torchrun's, or this one alone."""
-
-    def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.distributed = "RANK" in os.environ
-
-    def print(self, message):
-        if self.rank == 0:
-            print(message, flush=True)
-
-    def sum(self, numbers, device):
-        """The element-wise sum over all processes of a list of numbers."""
-        if not self.distributed:
-            return numbers
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        total = torch.tensor(numbers, dtype=kind, device=device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-
-def choose_device(config, world):
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and world.distributed:
-        name = f"cuda:{world.local_rank}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name} can't be used here ({str(error).splitlines()[0]}); try --device=auto"
-        ) from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-    world.print(f"device: {device}" + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""))
-    return device
-
-
-def choose_dtype(config, device, world):
-    name, reason = config.dtype, "as asked"
-    if name == "auto" and device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            name, reason = "bfloat16", "this GPU has units for it"
-        else:
-            name, reason = "float16", "this GPU has no bfloat16; gradients are scaled"
-    elif name == "auto":
-        # Also where the CPU has AVX512-BF16: shakespeare_char_cpu_kan took 1.5 times as long a step under autocast, and
-        # shakespeare_char_cpu_mlp as long as in float32.
-        name, reason = "float32", "bfloat16 is slower on most CPUs, hundreds of times on some"
-    if name == "float16" and device.type == "cpu":
-        raise ValueError("dtype float16 has no gradient scaling on a CPU; use float32 or bfloat16")
-    world.print(f"dtype: {name} ({reason})")
-    return getattr(torch, name)
-
-
-def choose_compile(config, device, world):
-    wanted, reason = config.compile == "true", "as asked"
-    if config.compile == "auto":
-        wanted = device.type == "cuda"
-        reason = "faster on a GPU" if wanted else "eager starts at once; --compile=true for long runs"
-    if wanted:
-        try:  # a compiler or Triton may be missing
-            torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-        except Exception as error:
-            if config.compile == "true":
-                raise ValueError(f"torch.compile does not work here: {str(error).splitlines()[0]}") from None
-            warnings.warn(
-                f"torch.compile does not work here, going on without: {str(error).splitlines()[0]}", stacklevel=1
-            )
-            wanted, reason = False, "it does not work here"
-    world.print(f"compile: {wanted} ({reason})")
-    return wanted
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pieces of the loop
@@ -280,13 +191,6 @@ def clip(parameters, limit):
     return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item() if parameters else 0.0
 
 
-def peak_memory(device):
-    """Bytes: on CUDA of tensors, elsewhere of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -306,9 +210,7 @@ def check_same_run(config, dtype, data, info, folder):
     if info["data_fingerprint"] != data.fingerprint:
         changes.append(f"data/{config.data} was prepared anew and differs")
     if changes:
-        raise ValueError(
-            f"{folder} is another run: {'; '.join(changes)}. Give it its own settings back, or another --out_dir"
-        )
+        raise ValueError(f"{folder} is another run: {'; '.join(changes)}. Use its settings, or another --out_dir")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -322,7 +224,7 @@ def train(config):
     """
     config.check()
     world = World()
-    device = choose_device(config, world)
+    device = choose_device(config.device, world)
     if world.distributed:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
@@ -333,7 +235,9 @@ def train(config):
 
 
 def _train(config, world, device):
-    dtype = choose_dtype(config, device, world)
+    dtype, reason = choose_dtype(config.dtype, device)
+    world.print(f"device: {device}" + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""))
+    world.print(f"dtype: {str(dtype).removeprefix('torch.')} ({reason})")
     sequences, micro_batch = divide_batch(config, world)
     data = TokenData(config.data, config.block_size)
     starts = data.val_starts(config.eval_tokens)
@@ -342,9 +246,7 @@ def _train(config, world, device):
     model_config = config.model_config(data.vocab_size)
     model = GPT(model_config)
     counts, flops = model.count_parameters(), model.flops_per_token()
-    world.print(
-        f"parameters: {counts['total']:,} ({', '.join(f'{k} {v:,}' for k, v in counts.items() if k != 'total')})"
-    )
+    world.print(f"parameters: {', '.join(f'{k} {v:,}' for k, v in counts.items() if v)}")
     world.print(f"flops per token: {', '.join(f'{k} {v:,}' for k, v in flops.items() if v)}")
 
     step, best, seconds = 0, math.inf, 0.0
@@ -367,7 +269,9 @@ def _train(config, world, device):
     else:
         move_aside(config.out_dir, world)
 
-    fast_model = torch.compile(model) if choose_compile(config, device, world) else model
+    use_compile, reason = choose_compile(config.compile, device)
+    world.print(f"compile: {use_compile} ({reason})")
+    fast_model = torch.compile(model) if use_compile else model
     training_model = fast_model
     if world.distributed:
         ids = [device.index] if device.type == "cuda" else None
@@ -407,15 +311,17 @@ def _train(config, world, device):
         header.update(cpu=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
         log = Log(config, header, step)
     record = log.pending if log and log.pending else dict(step=step)
-    evaluated = (
-        world.sum([float("val_loss" in record)], device)[0] > 0
-    )  # a resumed step may have been, before it stopped
+    evaluated = world.sum([float("val_loss" in record)], device)[0] > 0  # where a resumed run had been before
 
     # From here on a signal lets the step finish, saves and stops; a second Ctrl-C stops at once.
     stop = []
-    old_handlers = {
-        s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGTERM, signal.SIGINT)
-    }
+
+    def on_signal(number, frame):
+        if stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     stopped = False
     try:
         while True:
@@ -458,14 +364,10 @@ def _train(config, world, device):
             grad_norm = math.hypot(*norms)
             train_loss, signals = world.sum([loss_sum.item() / world.size, float(len(stop))], device)
             if not math.isfinite(train_loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-                what = (
-                    f"the loss is {train_loss}"
-                    if not math.isfinite(train_loss)
-                    else f"a gradient's norm is {grad_norm}"
-                )
                 raise FloatingPointError(
-                    f"step {step}: {what}; stopped before the update. Lower learning_rate or table_learning_rate, "
-                    f"or lengthen warmup_steps; the last checkpoint in {config.out_dir} is untouched"
+                    f"step {step}: loss {train_loss}, gradient norm {grad_norm}; stopped before the update. Lower "
+                    "learning_rate or table_learning_rate, or lengthen warmup_steps; the last checkpoint in "
+                    f"{config.out_dir} is untouched"
                 )
             for optimizer in optimizers:
                 scaler.step(optimizer)
@@ -495,9 +397,7 @@ def _train(config, world, device):
             signal.signal(number, handler)
 
     if stopped:
-        world.print(
-            f"stopped at step {step}; saved in {config.out_dir}/latest. Go on with the same command and --resume"
-        )
+        world.print(f"stopped at step {step}, saved in {config.out_dir}/latest; --resume with the same command goes on")
         return None
     if log:
         report(config, record, best, step, seconds, peak_memory(device))

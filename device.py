@@ -1,0 +1,94 @@
+"""Where a run runs: processes, device, number format, compiler. Each choice that "auto" makes comes with its reason."""
+
+import os
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+
+
+class World:
+    """The processes that train together: torchrun's, or this one alone."""
+
+    def __init__(self):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.distributed = "RANK" in os.environ
+
+    def print(self, message):
+        if self.rank == 0:
+            print(message, flush=True)
+
+    def sum(self, numbers, device):
+        """The element-wise sum over all processes of a list of numbers."""
+        if not self.distributed:
+            return numbers
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        total = torch.tensor(numbers, dtype=kind, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def choose_device(name, world):
+    """torch.device of a name or "auto"; ValueError if it can't be used here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and world.distributed:
+        name = f"cuda:{world.local_rank}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name} can't be used here ({reason}); try --device=auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    return device
+
+
+def choose_dtype(name, device):
+    """(torch dtype, reason) of a name or "auto". Weights stay float32; this is what autocast computes in."""
+    reason = "as asked"
+    if name == "auto" and device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            name, reason = "bfloat16", "this GPU has units for it"
+        else:
+            name, reason = "float16", "this GPU has no bfloat16; gradients are scaled"
+    elif name == "auto":
+        # Also where the CPU has AVX512-BF16: shakespeare_char_cpu_kan took 1.5 times as long a step under autocast, and
+        # shakespeare_char_cpu_mlp as long as in float32.
+        name, reason = "float32", "bfloat16 is slower on most CPUs, hundreds of times on some"
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("dtype float16 has no gradient scaling on a CPU; use float32 or bfloat16")
+    return getattr(torch, name), reason
+
+
+def choose_compile(name, device):
+    """(whether to use torch.compile, reason), from "auto", "true" or "false"; tried out before it is promised."""
+    wanted, reason = name == "true", "as asked"
+    if name == "auto":
+        wanted = device.type == "cuda"
+        reason = "faster on a GPU" if wanted else "eager starts at once; --compile=true for long runs"
+    if wanted:
+        try:  # a compiler or Triton may be missing
+            torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        except Exception as error:
+            problem = f"torch.compile does not work here: {str(error).splitlines()[0]}"
+            if name == "true":
+                raise ValueError(problem) from None
+            warnings.warn(f"{problem}; going on without", stacklevel=1)
+            wanted, reason = False, "it does not work here"
+    return wanted, reason
+
+
+def peak_memory(device):
+    """Bytes: on CUDA of tensors, elsewhere of the process (0 where the system does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
