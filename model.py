@@ -42,9 +42,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None):
         B, T, C = x.shape
-        q, k, v = (
-            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # (B, H, T, D) each
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3).unbind(2)  # (B, H, T, D)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if self.qk_norm:
@@ -52,8 +50,10 @@ class CausalSelfAttention(nn.Module):
         mask, causal = None, True
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, S + T, D)
-            if k.shape[2] > T:  # tokens came before: token i of these T sees the first S + i + 1
-                mask, causal = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T), False
+            S = k.shape[2] - T
+            causal = S == 0
+            if S and T > 1:  # token i of these T sees the first S + i + 1
+                mask = torch.ones(T, S + T, dtype=torch.bool, device=x.device).tril(S)
         p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask, dropout_p=p, is_causal=causal)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
@@ -91,10 +91,9 @@ class KAN(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        options = dict(
-            num_control_points=config.kan_control_points, spline_width=config.kan_width, impl=config.kan_impl
-        )
         C, H = config.n_embd, config.kan_hidden
+        N, width = config.kan_control_points, config.kan_width
+        options = dict(num_control_points=N, spline_width=width, impl=config.kan_impl)
         if H:
             # The first layer must not be zero: the second would see a constant and neither would learn.
             self.fc, self.ln = KANLayer(C, H, "random_normal", **options), make_norm(config, H)
@@ -145,19 +144,17 @@ class GPTConfig:
     tie_head: bool = True
 
     def __post_init__(self):
-        for name, allowed in (
-            ("mlp", ("kan", "gelu", "relu2", "swiglu")),
-            ("position", ("learned", "rope")),
-            ("norm", ("layernorm", "rmsnorm")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("mlp_hidden", "kan_hidden", "logit_softcap"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}; 0 is its default")
+        choices = dict(
+            mlp=("kan", "gelu", "relu2", "swiglu"), position=("learned", "rope"), norm=("layernorm", "rmsnorm")
+        )
+        least = dict(
+            block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, mlp_hidden=0, kan_hidden=0, logit_softcap=0
+        )
+        for name, value in vars(self).items():
+            if name in choices and value not in choices[name]:
+                raise ValueError(f"{name} must be one of {', '.join(choices[name])}, got {value!r}")
+            if name in least and not value >= least[name]:
+                raise ValueError(f"{name} must be at least {least[name]}, got {value}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}")
         if self.position == "rope" and (self.n_embd // self.n_head) % 2:

@@ -218,7 +218,7 @@ def test_sampling_options_out_of_range(options, message):
         (dict(n_layer=0), "n_layer must be at least 1"),
         (dict(dropout=1.0), "dropout must be"),
         (dict(position="rope", n_head=16), "rope needs even heads"),
-        (dict(kan_hidden=-1), "kan_hidden must not be negative"),
+        (dict(kan_hidden=-1), "kan_hidden must be at least 0, got -1"),
     ],
 )
 def test_configuration_errors(options, message):

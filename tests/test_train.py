@@ -123,7 +123,7 @@ def test_mistakes_end_in_one_line(script, tiny, tmp_path):
     assert_one_line(script("train.py", *good, "--device=tpu9"), "device tpu9 can't be used here")
     assert_one_line(script("train.py", *good, "--dtype=float16"), "float16 has no gradient scaling on a CPU")
     assert_one_line(script("train.py", *good, "--resume"), "no checkpoint in")
-    assert_one_line(script("train.py", *good, "--learning_rate=-1"), "learning_rate must be above 0, got -1")
+    assert_one_line(script("train.py", *good, "--learning_rate=-1"), "learning_rate must be above 0, got -1.0")
     assert_one_line(script("train.py", *good, "--learning_rate=nan"), "learning_rate must be above 0, got nan")
     typed = script("train.py", *good, "--max_steps=many")
     assert typed.returncode == 2 and "--max-steps" in typed.stderr and "Traceback" not in typed.stderr
