@@ -202,10 +202,6 @@ class GPT(nn.Module):
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         # A tied head is the embedding's own matrix, so there is one tensor to train, save and load.
         self.lm_head = None if config.tie_head else nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        D = config.n_embd // config.n_head
-        angles = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(0, D, 2) / D))
-        self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D / 2), used by rope
-        self.register_buffer("sin", angles.sin(), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -248,11 +244,13 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit block_size = {self.config.block_size}; crop them")
         x = self.transformer.wte(idx)
-        rotation = None
+        rotation, positions = None, torch.arange(start, start + T, device=idx.device)
         if self.config.position == "learned":
-            x = x + self.transformer.wpe(torch.arange(start, start + T, device=idx.device))
+            x = x + self.transformer.wpe(positions)
         else:
-            rotation = self.cos[start : start + T], self.sin[start : start + T]
+            D = self.config.n_embd // self.config.n_head
+            angles = torch.outer(positions, 10000.0 ** (-torch.arange(0, D, 2, device=idx.device) / D))
+            rotation = angles.cos(), angles.sin()  # (T, D / 2)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, rotation, cache)

@@ -275,7 +275,7 @@ def _train(config, world, device):
     training_model = fast_model
     if world.distributed:
         ids = [device.index] if device.type == "cuda" else None
-        training_model = DistributedDataParallel(fast_model, device_ids=ids, broadcast_buffers=False)
+        training_model = DistributedDataParallel(fast_model, device_ids=ids)  # the model has no buffers
     groups = model.parameter_groups()
     tables = groups.pop("tables")
     others = sum(groups.values(), [])
