@@ -66,7 +66,7 @@ def cases(draw):
 
 
 @pytest.mark.parametrize("impl", ALL)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(case=cases())
 def test_value_and_gradients_match_the_reference(impl, case):
     x, table, width, g = case

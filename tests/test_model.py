@@ -48,7 +48,7 @@ def test_it_can_learn_one_batch_by_heart(config):
     optimizer = torch.optim.AdamW([dict(params=tables, lr=3e-3), dict(params=sum(groups.values(), []), lr=1e-2)])
     idx = torch.randint(11, (2, 17))
     first = None
-    for _ in range(150):
+    for _ in range(250):
         loss = model(idx[:, :-1], idx[:, 1:])[1]
         first = first or loss.item()
         optimizer.zero_grad()
@@ -242,8 +242,13 @@ def test_the_whole_model_compiles_in_one_graph(mlp):
 def test_bfloat16_autocast_is_close():
     for config in VARIANTS:
         model, idx = stirred(config), torch.randint(11, (4, 16))
-        exact = model(idx, idx)[1]
+        exact = model(idx, idx)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert abs(model(idx, idx)[1] / exact - 1) < 0.05
-            a, b = (model.generate(idx[:, :3], 8, temperature=0, use_cache=cache) for cache in (True, False))
-            assert (a == b).float().mean() > 0.8
+            rounded, loss = model(idx, idx)
+            assert abs(loss / exact[1] - 1) < 0.05
+            # With a cache: within 8% of the largest logit. Measured 3% at worst, 0.5% typically; curves as rough as
+            # these, with noise at every knot, magnify what rounding does to their inputs.
+            cache = KVCache(config, 4, idx.device, torch.float32)
+            for position in range(16):
+                logits, _ = model(idx[:, position : position + 1], cache=cache)
+                assert (logits[:, 0] - rounded[:, position]).abs().max() < 0.08 * rounded.abs().max()
