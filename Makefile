@@ -24,7 +24,7 @@ lint: .venv/test.done
 	$(PY) -m ruff check .
 
 .venv/train.done: pyproject.toml constraints.txt
-	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP) -e ".[train]"
 	touch $@
 

@@ -25,19 +25,28 @@ from model import GPT, GPTConfig
 
 def save(out_dir, model, optimizer_state, info, best=False):
     """Write out_dir/latest, and out_dir/best with the same content if best; info becomes config.json."""
-    temporary = Path(out_dir) / f"latest.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
-    save_file(weights, temporary / "weights.safetensors")
-    torch.save(optimizer_state, temporary / "optimizer.pt")
-    (temporary / "config.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
-    if best:
-        linked = Path(out_dir) / f"best.{os.getpid()}.tmp"
-        shutil.rmtree(linked, ignore_errors=True)
-        shutil.copytree(temporary, linked, copy_function=_link_or_copy)
-        _move_into_place(linked, Path(out_dir) / "best")
-    _move_into_place(temporary, Path(out_dir) / "latest")
+    temporary, linked = (Path(out_dir) / f"{name}.{os.getpid()}.tmp" for name in ("latest", "best"))
+    remove_unfinished(out_dir)
+    try:
+        temporary.mkdir(parents=True)
+        weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+        save_file(weights, temporary / "weights.safetensors")
+        torch.save(optimizer_state, temporary / "optimizer.pt")
+        (temporary / "config.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
+        if best:
+            shutil.copytree(temporary, linked, copy_function=_link_or_copy)
+            _move_into_place(linked, Path(out_dir) / "best")
+        _move_into_place(temporary, Path(out_dir) / "latest")
+    except BaseException:
+        remove_unfinished(out_dir)
+        raise
+
+
+def remove_unfinished(out_dir):
+    """Remove what a save left that was killed, or failed."""
+    for name in ("latest", "best"):
+        for path in Path(out_dir).glob(f"{name}.*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _link_or_copy(source, target):
@@ -62,19 +71,28 @@ def _move_into_place(new, place):
 def find(path, names=("best", "latest")):
     """The checkpoint folder that `path` is, or else holds under the first of `names`; ValueError if none is there."""
     path = Path(path)
-    for candidate in (path, *(path / (name + end) for name in names for end in ("", ".old"))):
+    if (path / "config.json").is_file():
+        return path
+    return find_in_run(path, names)
+
+
+def find_in_run(out_dir, names):
+    for candidate in (Path(out_dir) / (name + end) for name in names for end in ("", ".old")):
         if (candidate / "config.json").is_file():
             return candidate
     raise ValueError(
-        f"no checkpoint in {path}; it should hold {' or '.join(names)}/config.json, as train.py writes them"
+        f"no checkpoint in {out_dir}; it should hold {' or '.join(names)}/config.json, which train.py writes"
     )
+
+
+KEYS = {"model", "train", "tokenizer", "step", "best_val_loss", "seconds", "schedule_end", "dtype", "data_fingerprint"}
 
 
 def read_info(folder):
     """config.json of a checkpoint folder."""
     try:
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not {"model", "train", "tokenizer", "step"} <= set(info):
+        if not isinstance(info, dict) or not set(info) >= KEYS:
             raise ValueError("it lacks what train.py writes")
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is damaged: {error}; {_remedy(folder)}") from None
@@ -97,7 +115,10 @@ def load_weights(folder, model):
 def load_optimizer_state(folder):
     path = folder / "optimizer.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not {"optimizers", "scaler"} <= set(state):
+            raise EOFError("it lacks what train.py writes")
+        return state
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; {_remedy(folder)}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -108,7 +129,9 @@ def load_optimizer_state(folder):
 
 def _remedy(folder):
     other = folder.parent / ("best" if folder.name == "latest" else "latest")
-    return f"try {other}" if (other / "config.json").is_file() else "there is no other checkpoint beside it"
+    if (other / "config.json").is_file():
+        return f"{other} may be whole: put a copy of it in the place of {folder}"
+    return "there is no other checkpoint beside it"
 
 
 def load_model(path, device="cpu"):

@@ -6,8 +6,10 @@ or dashes, --help. A TOML file of the same names can come first; the command lin
 
 import dataclasses
 import difflib
+import os
 import sys
 import tomllib
+import typing
 from pathlib import Path
 
 import tyro
@@ -28,7 +30,7 @@ def read_toml(path, known):
     except FileNotFoundError:
         others = sorted(str(p) for p in Path(path).parent.glob("*.toml"))
         raise ValueError(f"no configuration {path}; there are: {', '.join(others) or 'none in its folder'}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     for key in options:
         if key not in known:
@@ -47,30 +49,51 @@ def parse(kind, arguments, toml=False):
     if toml and arguments and not arguments[0].startswith("-"):
         arguments = read_toml(arguments.pop(0), fields) + arguments
     cleaned = []
-    for argument in arguments:
+    while arguments:
+        argument = arguments.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if not argument.startswith("--") or name == "help":
+        if not argument.startswith("--") or name == "help" or (name.startswith("no_") and name[3:] in fields):
             cleaned.append(argument)
             continue
-        is_flag = name in fields and fields[name].type in (bool, "bool")
-        if name.startswith("no_") and fields.get(name[3:]) is not None:
-            is_flag = True
-        elif name not in fields:
+        if name not in fields:
             raise ValueError(f"unknown option --{name}; {nearest(name, fields)}")
-        if is_flag and equals:
+        flag = fields[name].type is bool
+        if not equals and arguments and (not flag or arguments[0].lower() in WORDS):
+            value, equals = arguments.pop(0), "="
+        if flag and equals:
             if value.lower() not in WORDS:
                 raise ValueError(f"--{name} is True or False, got {value!r}")
             argument = f"--{name}" if WORDS[value.lower()] else f"--no_{name}"
+        elif equals:
+            # A choice among words that includes "true" takes True too: --compile=False is what people type.
+            wordy = "true" in typing.get_args(fields[name].type)
+            argument = f"--{name}={value.lower() if wordy else value}"
         cleaned.append(argument)
     return tyro.cli(kind, args=cleaned)
 
 
+def read_text(path):
+    """The text of a file; ValueError if it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def run(main):
-    """Call main(sys.argv[1:]); a person's mistake ends in one line on standard error and exit status 1."""
+    """Call main(sys.argv[1:]); a person's mistake ends in one line on standard error and exit status 1.
+
+    SPLINEGPT_TRACEBACK=1 shows where it was raised, for whoever suspects the mistake is ours.
+    """
     try:
         sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
+        if os.environ.get("SPLINEGPT_TRACEBACK"):
+            raise
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -7,6 +7,8 @@ import warnings
 import torch
 import torch.distributed as dist
 
+import log
+
 
 class World:
     """The processes that train together: torchrun's, or this one alone."""
@@ -18,7 +20,7 @@ class World:
 
     def print(self, message):
         if self.rank == 0:
-            print(message, flush=True)
+            log.say(message)
 
     def sum(self, numbers, device):
         """The element-wise sum over all processes of a list of numbers."""
@@ -34,10 +36,12 @@ def choose_device(name, world):
     """torch.device of a name or "auto"; ValueError if it can't be used here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and world.distributed:
+    if name == "cuda":
         name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("cpu, cuda and mps are known")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

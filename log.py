@@ -19,21 +19,33 @@ from pathlib import Path
 
 
 class Log:
-    """log.jsonl, the terminal (a progress bar, or plain lines where there is none) and wandb."""
+    """log.jsonl, the terminal (a progress bar, or plain lines where there is none) and wandb.
+
+    step: where the run begins, 0 or a checkpoint's. What an old log has after it is forgotten. Its record of that step,
+    self.pending, may still get a val_loss: it stays in the file until write() replaces it.
+    """
 
     def __init__(self, config, header, step):
-        self.config, self.pending = config, None
-        path = Path(config.out_dir) / "log.jsonl"
-        if step and path.is_file():  # what came after the checkpoint is forgotten; its own record may be completed
-            kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            self.pending = next((r for r in kept if r.get("step") == step), None)
-            lines = [json.dumps(r) + "\n" for r in kept if r.get("step", -1) < step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(lines), encoding="utf-8")
-            os.replace(temporary, path)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
-        self.file.write(json.dumps(header) + "\n")
+        self.config, self.header, self.pending = config, header, None
         self.progress = self.wandb = None
+        if config.wandb:
+            import wandb
+
+            name, folder = Path(config.out_dir).name, config.out_dir
+            try:
+                self.wandb = wandb.init(project=config.wandb_project, name=name, config=header["config"], dir=folder)
+            except wandb.Error as error:
+                raise ValueError(f"wandb: {error}; log in, set WANDB_MODE=offline, or leave out --wandb") from None
+        path = Path(config.out_dir) / "log.jsonl"
+        kept = [r for r in read_lines(path) if r.get("step", -1) <= step] if step and path.is_file() else []
+        if kept and kept[-1].get("step") == step:
+            self.pending = kept[-1]
+        lines = [json.dumps(record) + "\n" for record in kept]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, path)
+        self.file = open(path, "r+", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self.end = len("".join(lines[:-1] if self.pending else lines).encode())  # where the next record goes
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -41,17 +53,13 @@ class Log:
             self.progress = Progress(*columns)
             self.task = self.progress.add_task("", total=config.max_steps, completed=step)
             self.progress.start()
-        if config.wandb:
-            import wandb
-
-            self.wandb = wandb.init(
-                project=config.wandb_project,
-                name=Path(config.out_dir).name,
-                config=header["config"],
-                dir=config.out_dir,
-            )
 
     def write(self, record):
+        if self.header:
+            self.file.seek(self.end)
+            self.file.truncate()
+            self.file.write(json.dumps(self.header) + "\n")
+            self.header = None
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         text = f"step {record['step']}"
@@ -60,13 +68,14 @@ class Log:
             text += f" | {record['tokens_per_second']:,.0f} tok/s"
         if "val_loss" in record:
             text += f" | val {record['val_loss']:.4f}"
+        shown = "val_loss" in record or record["step"] % self.config.log_interval == 0
         if self.progress:
             self.progress.update(self.task, completed=record["step"], description=text)
             if "val_loss" in record:
                 self.progress.console.print(text)
-        elif "val_loss" in record or record["step"] % self.config.log_interval == 0:
-            print(text, flush=True)
-        if self.wandb and ("val_loss" in record or record["step"] % self.config.log_interval == 0):
+        elif shown:
+            say(text)
+        if self.wandb and shown:
             self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
     def close(self):
@@ -77,6 +86,29 @@ class Log:
         self.file.close()
 
 
+def say(text):
+    """Print; a run does not die of having no one left to tell (train.py | head)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+
+
+def lock(out_dir):
+    """Hold out_dir for this process until the file returned is closed; ValueError if another run holds it."""
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    file = open(Path(out_dir) / ".lock", "w")  # noqa: SIM115
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows goes without
+        pass
+    except OSError:
+        raise ValueError(f"another run is writing to {out_dir}; wait for it, or choose another --out_dir") from None
+    return file
+
+
 def git_hash():
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
@@ -85,15 +117,27 @@ def git_hash():
         return None
 
 
-def move_aside(out_dir, world):
-    """An earlier run in out_dir becomes out_dir.1, out_dir.2, ...: nothing is overwritten."""
+def move_aside(out_dir):
+    """An earlier run in out_dir becomes out_dir.1, out_dir.2, ...: nothing is overwritten. Says so."""
     out = Path(out_dir)
-    if world.rank == 0 and any((out / name).exists() for name in ("log.jsonl", "latest")):
+    if any((out / name).exists() for name in ("log.jsonl", "latest", "best")):
+        lock(out).close()  # not while it runs
         number = next(n for n in range(1, 10**6) if not Path(f"{out}.{n}").exists())
         os.rename(out, f"{out}.{number}")
-        world.print(f"the earlier run in {out} is now {out}.{number}")
-    if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        say(f"the earlier run in {out} is now {out}.{number}")
+
+
+def read_lines(path):
+    """The records of a log.jsonl. ValueError names a damaged line; a last one cut short by a crash is left out."""
+    records, lines = [], Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            if line or number < len(lines):
+                records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            if number < len(lines):
+                raise ValueError(f"{path} is damaged in line {number}; mend or remove that line") from None
+    return records
 
 
 def read_log(run):
@@ -101,16 +145,8 @@ def read_log(run):
     path = Path(run) / "log.jsonl"
     if not path.is_file():
         raise ValueError(f"no {path}; name folders that train.py wrote")
-    header, records = None, []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{path} is damaged in line {number}") from None
-        if "config" in record:
-            header = record
-        else:
-            records.append(record)
-    if header is None or not records:
+    lines = read_lines(path)
+    headers, records = [r for r in lines if "config" in r], [r for r in lines if "step" in r]
+    if not headers or not records:
         raise ValueError(f"{path} holds no steps yet")
-    return header, records
+    return headers[-1], records

@@ -136,7 +136,7 @@ class GPTConfig:
     kan_hidden: int = 0  # 0: one KANLayer; else two, with so many channels between
     kan_init: str = "zero"  # of the layer that writes to the residual stream: zero, random_normal, identity
     kan_impl: str = "auto"
-    position: str = "learned"  # learned, rope
+    position: str = "rope"  # rope, learned
     norm: str = "layernorm"  # layernorm, rmsnorm (without parameters)
     qk_norm: bool = False
     zero_init: bool = False  # output projections of attention and MLP start at zero, as the KAN does
@@ -222,9 +222,7 @@ class GPT(nn.Module):
                 if kind == "proj" and module.init == "random_normal":
                     module.kan_weight.mul_(depth)
             elif kind == "c_proj":
-                nn.init.zeros_(module.weight) if self.config.zero_init else nn.init.normal_(
-                    module.weight, std=0.02 * depth
-                )
+                nn.init.normal_(module.weight, std=0.0 if self.config.zero_init else 0.02 * depth)
             elif kind in ("wte", "wpe", "lm_head", "c_attn", "c_fc", "c_gate"):
                 nn.init.normal_(module.weight, std=0.02)
             elif kind.startswith("ln"):
@@ -236,8 +234,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) int64 -> logits and loss.
 
-        With targets (B, T): logits (B, T, V) and the mean cross-entropy in nats. Without: logits of the last position
-        only, (B, 1, V), and None. With a KVCache, idx continues the tokens it holds.
+        With targets (B, T): logits (B, T, padded V) and the mean cross-entropy in nats. Without: logits of the last
+        position only, (B, 1, V), and None. With a KVCache, idx continues the tokens it holds.
         Raises ValueError when the sequence is longer than block_size.
         """
         T, start = idx.shape[1], cache.length if cache is not None else 0
@@ -268,18 +266,18 @@ class GPT(nn.Module):
     # What it consists of and what it costs
 
     def count_parameters(self):
-        """Numbers of parameters by kind, all together ("total") and without position embeddings as nanoGPT counts."""
-        counts = dict.fromkeys(("embedding", "position", "attention", "mlp", "norm", "head"), 0)
+        """Numbers of parameters by kind, "total", and "non_embedding": without token and position embeddings."""
+        kinds = {
+            ".ln": "norm",
+            ".wte": "embedding",
+            ".wpe": "position",
+            ".lm_head": "head",
+            ".attn": "attention",
+            "": "mlp",
+        }
+        counts = dict.fromkeys(kinds.values(), 0)
         for name, p in self.named_parameters():
-            kinds = (
-                ("ln", "norm"),
-                ("wte", "embedding"),
-                ("wpe", "position"),
-                ("lm_head", "head"),
-                ("attn", "attention"),
-            )
-            kind = next((kind for part, kind in kinds if f".{part}" in f".{name}"), "mlp")
-            counts[kind] += p.numel()
+            counts[next(kind for part, kind in kinds.items() if part in f".{name}")] += p.numel()
         total = sum(counts.values())
         return {**counts, "total": total, "non_embedding": total - counts["embedding"] - counts["position"]}
 
@@ -376,7 +374,7 @@ def pick(logits, temperature, top_k, top_p, generator):
     """One token (B, 1) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow, however cold
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     probabilities = logits.softmax(-1)

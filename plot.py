@@ -30,7 +30,9 @@ def save_figure(figure, path):
     """Write a figure whole or not at all."""
     import matplotlib.pyplot as plt
 
-    path = Path(path)
+    path = Path(path) if Path(path).suffix else Path(f"{path}.png")
+    if path.suffix[1:] not in figure.canvas.get_supported_filetypes() or path.is_dir():
+        raise ValueError(f"can't write a picture to {path}; name a .png, .pdf or .svg file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     figure.savefig(temporary, dpi=150)

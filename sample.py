@@ -10,7 +10,6 @@ Text appears as it is made. With several samples, sample k uses seed + k.
 import codecs
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
@@ -24,7 +23,7 @@ from model import check_sampling
 @dataclass
 class Options:
     run: tyro.conf.Positional[str]  # a folder that train.py wrote (best/ is taken, else latest/) or one of these two
-    prompt: str = "\n"  # how the text begins; - reads standard input
+    prompt: str = ""  # how the text begins, a new line if nothing is said; - reads standard input
     file: str = ""  # a file that holds the prompt
     num_samples: int = 1
     max_new_tokens: int = 500
@@ -37,9 +36,11 @@ class Options:
 
 
 def read_prompt(options):
+    if options.file and options.prompt:
+        raise ValueError("give --prompt or --file, not both")
     if options.file:
-        return Path(options.file).read_text(encoding="utf-8")
-    return sys.stdin.read() if options.prompt == "-" else options.prompt
+        return cli.read_text(options.file)
+    return sys.stdin.read() if options.prompt == "-" else options.prompt or "\n"
 
 
 def main(arguments):
@@ -47,11 +48,12 @@ def main(arguments):
     if options.num_samples < 1 or options.max_new_tokens < 1:
         raise ValueError("num_samples and max_new_tokens must be at least 1")
     device = choose_device(options.device, World())
-    model, words, info = checkpoint.load_model(options.run, device)
+    folder = checkpoint.find(options.run)
+    model, words, info = checkpoint.load_model(folder, device)
     prompt = read_prompt(options)
     ids = words.encode(prompt).astype("int64")
     if len(ids) == 0:
-        raise ValueError("the prompt is empty; give at least one character")
+        raise ValueError("the prompt is empty; it needs at least one character")
     sampling = dict(
         temperature=options.temperature,
         top_k=options.top_k or None,
@@ -59,7 +61,7 @@ def main(arguments):
     )
     context = torch.from_numpy(ids).to(device).view(1, -1)
     check_sampling(context, **sampling)
-    print(f"{checkpoint.find(options.run)}, step {info['step']}", file=sys.stderr)
+    print(f"{folder}, step {info['step']}", file=sys.stderr)
     for sample in range(options.num_samples):
         if sample:
             print("\n" + "-" * 80)

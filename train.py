@@ -7,8 +7,9 @@
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP train.py configs/gpt2_124m_kan.toml
 
 The batch is stated globally, in tokens, and divided among processes and micro-steps, so another machine changes the
-speed and not the run. Which tokens a step sees depends on (seed, step) alone, and so does its dropout: a run that was
-stopped and resumed ends with bitwise the weights of one that was not (on a CPU). out_dir gets
+speed and not the run. Which tokens a step sees depends on (seed, step) alone, its dropout on (seed, step, process): a
+run that was stopped and resumed ends with bitwise the weights of one that was not, on a CPU with as many threads.
+out_dir gets
 
     latest/, best/      checkpoints (see checkpoint.py)
     log.jsonl           one record of the run, then one a step (see log.py)
@@ -32,8 +33,8 @@ import checkpoint
 import cli
 from data.bins import TokenData
 from device import World, choose_compile, choose_device, choose_dtype, peak_memory
-from log import Log, git_hash, move_aside
-from model import GPT, GPTConfig, match_parameters
+from log import Log, git_hash, lock, move_aside
+from model import GPT, GPTConfig, count, match_parameters
 
 
 @dataclass
@@ -60,7 +61,7 @@ class TrainConfig:
     kan_init: Literal["zero", "random_normal", "identity"] = "zero"
     kan_impl: Literal["auto", "embedding_bag", "dense", "csr", "embedding"] = "auto"
     match_parameters: int = 0  # choose mlp_hidden, kan_hidden or kan_control_points for so many parameters in all
-    position: Literal["learned", "rope"] = "learned"
+    position: Literal["rope", "learned"] = "rope"  # learned: nanoGPT's, worse for both arms (see DIARY.md)
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     qk_norm: bool = False
     zero_init: bool = False  # output projections start at zero
@@ -92,14 +93,16 @@ class TrainConfig:
     wandb_project: str = "splinegpt"
 
     def check(self):
-        above = "batch_tokens eval_interval log_interval learning_rate table_learning_rate".split()
+        above = "block_size batch_tokens eval_interval log_interval learning_rate table_learning_rate".split()
         at_least = "max_steps micro_batch warmup_steps decay_steps eval_tokens match_parameters seed".split()
         at_least += "weight_decay table_weight_decay grad_clip table_grad_clip".split()
         for name, value in vars(self).items():
             if (name in above and not value > 0) or (name in at_least and not value >= 0):
                 raise ValueError(f"{name} must be {'above' if name in above else 'at least'} 0, got {value}")
-            if name in ("beta1", "beta2", "min_lr") and not 0 <= value <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+            if (name in ("beta1", "beta2") and not 0 <= value < 1) or (name == "min_lr" and not 0 <= value <= 1):
+                raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
 
     @property
     def schedule_end(self):
@@ -111,10 +114,16 @@ class TrainConfig:
         return match_parameters(config, self.match_parameters) if self.match_parameters else config
 
 
-# What may differ when a run is resumed: where and how fast it runs, not what it computes. max_steps is checked apart.
-FREE_TO_CHANGE = (
-    "out_dir resume device compile micro_batch eval_interval log_interval wandb wandb_project max_steps decay_steps"
-).split()
+# What may differ when a run is resumed: where and how fast it runs, not what it computes. Of the second line only what
+# follows from it matters, and that is in LABELS.
+FREE_TO_CHANGE = "out_dir resume device compile eval_interval log_interval wandb wandb_project".split()
+FREE_TO_CHANGE += "dtype micro_batch max_steps decay_steps".split()
+LABELS = dict(
+    schedule_end="the end of the schedule (decay_steps, or else max_steps)",
+    arithmetic="dtype",
+    dropout_streams="what dropout depends on (processes x sequences in one forward)",
+    data_fingerprint="the hash of the data",
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pieces of the loop
@@ -174,16 +183,22 @@ def schedule(config, step):
 
 
 @torch.no_grad()
-def evaluate(model, data, starts, batch, context, device, world):
-    """Mean loss in nats over the fixed windows, each process taking its share of them."""
+def evaluate(model, data, starts, batch, context, device, world, stop=()):
+    """(mean loss in nats over the fixed windows, each process taking its share; whether a signal cut it short).
+
+    stop: a list that becomes true when this process gets a signal.
+    """
     model.eval()
     mine, total = starts[world.rank :: world.size], 0.0
     for first in range(0, len(mine), batch):
+        if stop:
+            break
         windows = torch.from_numpy(data.val_batch(mine[first : first + batch])).to(device)
         with context():
             total += model(windows[:, :-1], windows[:, 1:])[1].item() * len(windows)
     model.train()
-    return world.sum([total], device)[0] / len(starts)
+    total, signals = world.sum([total, float(len(stop))], device)
+    return total / len(starts), signals > 0
 
 
 def clip(parameters, limit):
@@ -194,21 +209,16 @@ def clip(parameters, limit):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_same_run(config, dtype, data, info, folder):
-    """Refuse to resume what would not be the same run, naming what differs."""
-    then = info["train"]
+def check_same_run(config, derived, info, folder):
+    """Refuse to resume what would not be the same run, naming what differs; derived has the keys of LABELS."""
+    then, now = {**info["train"], **info}, {**asdict(config), **derived}
     changes = [
-        f"{name} was {then.get(name)!r} and is {value!r}"
-        for name, value in asdict(config).items()
+        f"{LABELS.get(name, name)} was {then.get(name)!r} and is {value!r}"
+        for name, value in now.items()
         if name not in FREE_TO_CHANGE and then.get(name) != value
     ]
-    if info["schedule_end"] != config.schedule_end:
-        was, now = info["schedule_end"], config.schedule_end
-        changes.append(f"the schedule (decay_steps, or else max_steps) ended at {was} and ends at {now}")
-    if info["dtype"] != str(dtype):
-        changes.append(f"dtype was {info['dtype']} and is {dtype}")
-    if info["data_fingerprint"] != data.fingerprint:
-        changes.append(f"data/{config.data} was prepared anew and differs")
+    if config.max_steps < info["step"]:
+        changes.append(f"it is at step {info['step']}, past max_steps = {config.max_steps}")
     if changes:
         raise ValueError(f"{folder} is another run: {'; '.join(changes)}. Use its settings, or another --out_dir")
 
@@ -217,7 +227,7 @@ def check_same_run(config, dtype, data, info, folder):
 
 
 def train(config):
-    """Train as configured; returns the last record of the log with "best_val_loss", or None if a signal stopped it.
+    """Train as configured; returns the last record of the log with "best_val_loss", or "stopped_by", a signal's number.
 
     Raises ValueError for a setting or a file that can't be used and FloatingPointError when the loss or a gradient is
     not finite; then no update has been made with it and the last checkpoints are untouched.
@@ -242,18 +252,28 @@ def _train(config, world, device):
     data = TokenData(config.data, config.block_size)
     starts = data.val_starts(config.eval_tokens)
 
+    derived = dict(
+        schedule_end=config.schedule_end,
+        arithmetic=str(dtype),
+        dropout_streams=f"{world.size} x {micro_batch}" if config.dropout else None,
+        data_fingerprint=data.fingerprint,
+    )
+
     torch.manual_seed(config.seed)
     model_config = config.model_config(data.vocab_size)
-    model = GPT(model_config)
+    try:
+        model = GPT(model_config)
+    except RuntimeError as error:  # what PyTorch raises when the machine has no memory for it
+        raise ValueError(f"no memory for a model of {count(model_config):,} parameters; make it smaller") from error
     counts, flops = model.count_parameters(), model.flops_per_token()
     world.print(f"parameters: {', '.join(f'{k} {v:,}' for k, v in counts.items() if v)}")
     world.print(f"flops per token: {', '.join(f'{k} {v:,}' for k, v in flops.items() if v)}")
 
     step, best, seconds = 0, math.inf, 0.0
     if config.resume:
-        folder = checkpoint.find(config.out_dir, ("latest",))
+        folder = checkpoint.find_in_run(config.out_dir, ("latest",))
         info = checkpoint.read_info(folder)
-        check_same_run(config, dtype, data, info, folder)
+        check_same_run(config, derived, info, folder)
         checkpoint.load_weights(folder, model)
         step, best, seconds = info["step"], info["best_val_loss"], info["seconds"]
         best = math.inf if best is None else best
@@ -266,8 +286,6 @@ def _train(config, world, device):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         scaler.load_state_dict(state["scaler"])
-    else:
-        move_aside(config.out_dir, world)
 
     use_compile, reason = choose_compile(config.compile, device)
     world.print(f"compile: {use_compile} ({reason})")
@@ -296,15 +314,17 @@ def _train(config, world, device):
             train=asdict(config),
             model=asdict(model_config),
             tokenizer=data.tokenizer_spec,
-            schedule_end=config.schedule_end,
-            dtype=str(dtype),
-            data_fingerprint=data.fingerprint,
+            **derived,
         )
         state = dict(optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict())
         checkpoint.save(config.out_dir, model, state, info, is_best)
 
     log = None
     if world.rank == 0:
+        if not config.resume:
+            move_aside(config.out_dir)
+        held = lock(config.out_dir)
+        checkpoint.remove_unfinished(config.out_dir)
         header = dict(config=asdict(config), model=asdict(model_config), parameters=counts, flops_per_token=flops)
         header.update(git=git_hash(), python=platform.python_version(), torch=torch.__version__, started=time.time())
         header.update(device=str(device), dtype=str(dtype), processes=world.size, seed=config.seed, resumed_at=step)
@@ -327,15 +347,16 @@ def _train(config, world, device):
         while True:
             # Evaluate first, so that the end is always evaluated and max_steps is exact.
             if not stopped and not evaluated and (step % config.eval_interval == 0 or step == config.max_steps):
-                val_loss = evaluate(fast_model, data, starts, micro_batch, context, device, world)
-                record["val_loss"] = val_loss
-                is_best = val_loss < best
-                best = min(best, val_loss)
-                if log and step > 0:
-                    save(is_best)
+                val_loss, stopped = evaluate(fast_model, data, starts, micro_batch, context, device, world, stop)
+                if not stopped:
+                    record["val_loss"] = val_loss
+                if not stopped and (step > 0 or config.max_steps == 0):
+                    is_best, best = val_loss < best, min(val_loss, best)
+                    if log:
+                        save(is_best)
             evaluated = False
             if log:
-                if stopped:
+                if stopped and step > 0:
                     save(False)
                 log.write(record)
             if stopped or step >= config.max_steps:
@@ -373,6 +394,10 @@ def _train(config, world, device):
                 scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
             scaler.update()
+            if scaler.is_enabled() and scaler.get_scale() < 1:
+                raise FloatingPointError(
+                    f"step {step}: float16 gradients overflow at any scale; use bfloat16 or float32"
+                )
 
             step += 1
             stopped = signals > 0
@@ -393,33 +418,33 @@ def _train(config, world, device):
     finally:
         if log:
             log.close()
+            held.close()
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
     if stopped:
-        world.print(f"stopped at step {step}, saved in {config.out_dir}/latest; --resume with the same command goes on")
-        return None
+        saved = (
+            f"saved in {config.out_dir}/latest; --resume with the same command goes on" if step else "nothing to save"
+        )
+        world.print(f"stopped at step {step}, {saved}")
+        return {**record, "stopped_by": stop[0] if stop else signal.SIGTERM}
     if log:
-        report(config, record, best, step, seconds, peak_memory(device))
+        import plot
+
+        speed, memory = step * config.batch_tokens / max(seconds, 1e-9), peak_memory(device) / 2**20
+        world.print(f"final validation loss {record['val_loss']:.4f}, best {best:.4f}")
+        world.print(f"{seconds:.1f} s of training, {speed:,.0f} tokens/s, peak memory {memory:,.0f} MB")
+        picture = plot.loss_figure([config.out_dir], Path(config.out_dir) / "loss.png")
+        world.print(f"checkpoints in {config.out_dir}/latest and best, loss curves in {picture}")
     return {**record, "best_val_loss": best}
 
 
-def report(config, record, best, step, seconds, memory):
-    import plot
-
-    speed = step * config.batch_tokens / seconds if seconds else 0.0
-    print(f"final validation loss {record['val_loss']:.4f}, best {best:.4f}")
-    print(f"{seconds:.1f} s of training, {speed:,.0f} tokens/s, peak memory {memory / 2**20:,.0f} MB")
-    picture = plot.loss_figure([config.out_dir], Path(config.out_dir) / "loss.png")
-    print(f"checkpoints in {config.out_dir}/latest and best, loss curves in {picture}")
-
-
 def main(arguments):
-    arguments = [f"--compile={a[10:].lower()}" if a.startswith("--compile=") else a for a in arguments]
     try:
-        return 0 if train(cli.parse(TrainConfig, arguments, toml=True)) else 128 + signal.SIGTERM
+        result = train(cli.parse(TrainConfig, arguments, toml=True))
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         raise ValueError(str(error).splitlines()[0]) from None
+    return 128 + result["stopped_by"] if "stopped_by" in result else 0
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def write(folder, tokenizer, pieces, source):
                 counts[split] += len(ids)
         for split in SPLITS:
             if not counts[split]:
-                raise ValueError(f"no text for {split}.bin: the source is too small or the split leaves it nothing")
+                raise ValueError(
+                    f"no text for {split}.bin: the source is too small, or --val_fraction leaves it nothing"
+                )
         meta = {
             "tokenizer": tokenizer.spec,
             "vocab_size": tokenizer.vocab_size,
@@ -147,5 +149,6 @@ class TokenData:
 
     @property
     def fingerprint(self):
-        """What two runs must share to be one: source, tokenizer and counts."""
-        return hashlib.sha256(json.dumps(self.meta, sort_keys=True).encode()).hexdigest()
+        """What two runs must share to be one: the text, the tokenizer and the counts."""
+        content = {name: value for name, value in self.meta.items() if name != "source"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -4,6 +4,7 @@ Both data sets made this way, openwebtext and fineweb_edu, are this function wit
 local parquet or jsonl files in the hub's place, through the same code.
 """
 
+import glob
 import itertools
 import sys
 import zlib
@@ -29,33 +30,33 @@ class Options:
 
 
 def documents(options, path, name, field):
-    """An iterator over the texts of the corpus."""
+    """An iterator over the texts of the corpus; documents without a text are passed over."""
     import datasets
 
     if options.data_files:
-        files = sorted(str(p) for p in Path().glob(options.data_files)) if "*" in options.data_files else []
-        files = files or [options.data_files]
-        for file in files:
-            if not Path(file).is_file():
-                raise ValueError(f"no file {file}; --data-files names local .parquet, .jsonl or .json files")
-        kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-        kind = kinds.get(Path(files[0]).suffix)
+        files = sorted(glob.glob(options.data_files, recursive=True))
+        if not files:
+            raise ValueError(f"no file {options.data_files}; --data-files names local .parquet, .jsonl or .json files")
+        kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(Path(files[0]).suffix)
         if kind is None:
             raise ValueError(f"{files[0]} is neither .parquet nor .jsonl nor .json")
-        stream = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+        path, arguments = kind, dict(data_files=files)
     else:
-        try:
-            stream = datasets.load_dataset(path, name, split="train", streaming=True)
-        except Exception as error:  # its errors come from five libraries; none is ours to handle but to report
-            reason = str(error).splitlines()[0][:200] if str(error) else ""
-            raise ValueError(
-                f"could not open {path} on the Hugging Face hub ({type(error).__name__}: {reason}); "
-                "is there a network? --data-files takes local files"
-            ) from None
-    for row in stream:
-        if not isinstance(row.get(field), str):
-            raise ValueError(f"the documents have no text in {field!r}; their fields are {', '.join(row)}")
-        yield row[field]
+        arguments = dict(name=name)
+    try:
+        stream = datasets.load_dataset(path, split="train", streaming=True, **arguments)
+        rows = iter(stream)
+        while (row := next(rows, None)) is not None:
+            if field not in row:
+                raise KeyError(f"the documents have no {field!r}; their fields are {', '.join(row)}")
+            if row[field]:
+                yield row[field]
+    except Exception as error:  # from five libraries; none is ours to handle but to report
+        reason = str(error).splitlines()[0][:200] if str(error) else ""
+        remedy = "look at the files" if options.data_files else "is there a network? --data-files takes local files"
+        raise ValueError(
+            f"could not read {options.data_files or path} ({type(error).__name__}: {reason}); {remedy}"
+        ) from None
 
 
 def pieces(texts, words, options):

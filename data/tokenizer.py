@@ -155,6 +155,8 @@ def train_bpe(texts, vocab_size):
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=GPT2_PATTERN)
     ranks = sorted(((rank, bytes(token)) for token, rank in trainer.get_mergeable_ranks()))
+    if len(ranks) + 1 < vocab_size:
+        print(f"the text has pairs for {len(ranks) + 1:,} ids only, fewer than the {vocab_size:,} asked for")
     return BPE("trained", GPT2_PATTERN, [token for _, token in ranks])
 
 

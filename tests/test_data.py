@@ -188,6 +188,7 @@ def test_a_download_is_checked(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="--input FILE"):
         shakespeare.read("", tmp_path)
     assert not list(tmp_path.iterdir())
+    tmp_path = tmp_path / "new"
     text = "To be or not to be\n" * 100
     monkeypatch.setattr(shakespeare, "SHA256", __import__("hashlib").sha256(text.encode()).hexdigest())
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: io.BytesIO(text.encode()))
@@ -202,15 +203,16 @@ def test_a_download_is_checked(monkeypatch, tmp_path):
 )
 def test_hugging_face_from_local_files(name, format, kind, script, tmp_path):
     texts = [f"Document {n} says that {n * n} is the square of {n}.\nÜbrigens." for n in range(1200)]
+    rows = [*texts, None, ""]  # documents without a text are passed over
     path = tmp_path / f"docs.{format}"
     if format == "jsonl":
-        path.write_text("".join(json.dumps({"text": t, "url": "x"}) + "\n" for t in texts), encoding="utf-8")
+        path.write_text("".join(json.dumps({"text": t, "url": "x"}) + "\n" for t in rows), encoding="utf-8")
     else:
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts, "id": list(range(1200))}), path)
-    options = [f"--data-files={path}", f"--tokenizer={kind}", "--vocab_size=300", "--val_fraction=0.1"]
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows, "id": list(range(len(rows)))}), path)
+    options = [f"--data-files={tmp_path}/d*.{format}", f"--tokenizer={kind}", "--vocab_size=300", "--val_fraction=0.1"]
     env = {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1"}
     done = script(f"data/{name}/prepare.py", *options, f"--out={tmp_path / 'd'}", env=env)
     assert done.returncode == 0, done.stderr
@@ -236,10 +238,11 @@ def test_hugging_face_mistakes(script, tmp_path):
     out, prepare = f"--out={tmp_path / 'd'}", "data/openwebtext/prepare.py"
     env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     assert_one_line(script(prepare, "--data-files=none.jsonl", out, env=env), "no file none.jsonl")
+    assert_one_line(script(prepare, f"--data-files={tmp_path}/*.jsonl", out, env=env), "no file")
     (tmp_path / "a.csv").write_text("text\n1\n")
     assert_one_line(script(prepare, "--data-files=a.csv", out, env=env), "a.csv is neither .parquet nor")
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
-    assert_one_line(script(prepare, "--data-files=a.jsonl", out, env=env), "no text in 'text'", "body")
+    assert_one_line(script(prepare, "--data-files=a.jsonl", out, env=env), "no 'text'", "body")
     assert_one_line(script(prepare, "--tokenizer=char", out, env=env), "choose gpt2, train or byte")
     assert "--data-files takes local files" in script(prepare, "--tokenizer=byte", out, env=env).stderr
     assert not (tmp_path / "d" / "meta.json").exists()

@@ -8,7 +8,8 @@ import torch
 
 from model import GPT, GPTConfig, KVCache, count, match_parameters, pick
 
-SMALL = GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16)
+SMALL = GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16, position="learned")
+CPU_RECIPE = GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, position="learned")
 KINDS = ["kan", "gelu", "relu2", "swiglu"]
 MODERN = dict(position="rope", norm="rmsnorm", qk_norm=True, zero_init=True, logit_softcap=15.0, tie_head=False)
 VARIANTS = [
@@ -85,18 +86,20 @@ def test_initialisation_by_name():
 
 
 def test_eight_control_points_are_as_many_parameters_as_an_mlp():
-    config = GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128)
+    config = CPU_RECIPE
     assert count(config) == count(replace(config, mlp="gelu")) == 804_096
     counts = GPT(config).count_parameters()
     assert counts["mlp"] == 4 * 8 * 128 * 128 and counts["position"] == 64 * 128 and counts["head"] == 0
     assert counts["total"] == sum(counts[k] for k in ("embedding", "position", "attention", "mlp", "norm", "head"))
-    assert count(GPTConfig(mlp="gelu")) == 124_373_760  # GPT-2 without its biases, vocabulary padded to 50,304
+    assert (
+        count(GPTConfig(mlp="gelu", position="learned")) == 124_373_760
+    )  # GPT-2 without its biases, vocabulary padded to 50,304
 
 
 @pytest.mark.parametrize("arm", [dict(mlp="gelu"), dict(mlp="swiglu"), dict(mlp="kan"), dict(mlp="kan", kan_hidden=5)])
 @pytest.mark.parametrize("total", [300_000, 804_096, 2_376_960])
 def test_match_parameters(arm, total):
-    config = replace(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128), **arm)
+    config = replace(CPU_RECIPE, **arm)
     matched = match_parameters(config, total)
     one_control_point = 4 * 128 * 128  # more of any knob's other units
     smallest = match_parameters(config, 0)
@@ -107,8 +110,7 @@ def test_match_parameters(arm, total):
 
 
 def test_flops_by_structure():
-    C, T, L, V = 128, 64, 4, 65
-    config = GPTConfig(block_size=T, vocab_size=V, n_layer=L, n_head=4, n_embd=C)
+    C, T, L, V, config = 128, 64, 4, 65, CPU_RECIPE
     kan, mlp = GPT(config).flops_per_token(), GPT(replace(config, mlp="gelu")).flops_per_token()
     assert kan["kan_lookup"] == L * 10 * C * C and kan["kan_hat_gemm"] == L * 6 * 8 * C * C and kan["mlp"] == 0
     assert mlp["mlp"] == L * 6 * 8 * C * C and mlp["kan_lookup"] == mlp["kan_hat_gemm"] == 0

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import ROOT, assert_one_line
 
-import plot
+import log
 import train
 from data import bins, tokenizer
 
@@ -44,7 +44,13 @@ def test_prompts_from_a_file_and_from_standard_input(script, trained, tmp_path):
 def test_sampling_mistakes_end_in_one_line(script, trained, tmp_path):
     run = trained / "kan"
     assert_one_line(script("sample.py", run, "--prompt=Ärger"), "does not know 'Ä' (U+00C4)")
-    assert_one_line(script("sample.py", run, "--prompt="), "the prompt is empty")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"\xe4")
+    assert_one_line(script("sample.py", run, "--file=empty.txt"), "the prompt is empty")
+    assert_one_line(script("sample.py", run, "--file=latin.txt"), "latin.txt is not UTF-8 text")
+    assert_one_line(script("sample.py", run, "--file=empty.txt", "--prompt=7"), "not both")
+    cold = script("sample.py", run, "--prompt=7", "--temperature=1e-45", "--max_new_tokens=5")
+    assert cold.returncode == 0 and cold.stdout.startswith("7")
     assert_one_line(script("sample.py", tmp_path / "none"), "no checkpoint in", "train.py")
     assert_one_line(script("sample.py", run, "--file=none.txt"), "none.txt")
     assert_one_line(script("sample.py", run, "--prompt=7", "--temperature=-1"), "temperature must be")
@@ -53,7 +59,7 @@ def test_sampling_mistakes_end_in_one_line(script, trained, tmp_path):
     assert_one_line(script("sample.py", run, "--device=cuda:7"), "device cuda:7 can't be used here")
     shutil.copytree(run, tmp_path / "broken")
     (tmp_path / "broken" / "best" / "weights.safetensors").write_bytes(b"oops")
-    assert_one_line(script("sample.py", tmp_path / "broken", "--prompt=7"), "is damaged", "latest")
+    assert_one_line(script("sample.py", tmp_path / "broken", "--prompt=7"), "is damaged", "latest may be whole")
 
 
 def test_characters_cut_by_tokens_arrive_whole(script, tmp_path, text):
@@ -89,9 +95,17 @@ def test_curves_that_were_learned(script, trained, tmp_path):
     assert_one_line(script("plot.py", trained / "gelu", "--curves"), "has no splines: its mlp is gelu")
     assert_one_line(script("plot.py", tmp_path / "none"), "log.jsonl")
     assert_one_line(script("plot.py"), "name at least one folder")
-    with pytest.raises(ValueError, match="damaged in line 2"):
-        (tmp_path / "log.jsonl").write_text('{"config": {}}\n{"step": 1')
-        plot.read_log(tmp_path)
+    assert_one_line(script("plot.py", trained / "kan", "--out=c.xyz"), "can't write a picture to c.xyz")
+    assert script("plot.py", trained / "kan", "--out=plain").returncode == 0 and (tmp_path / "plain.png").is_file()
+
+
+def test_damaged_logs(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"config": {}}\n{"step": 1}\n{"step": 2, "train_')  # cut short by a crash
+    assert log.read_log(tmp_path)[1] == [{"step": 1}]
+    for line in ('{"step": 1', "5", "[]x"):
+        (tmp_path / "log.jsonl").write_text(f'{{"config": {{}}}}\n{line}\n{{"step": 2}}\n')
+        with pytest.raises(ValueError, match="damaged in line 2"):
+            log.read_log(tmp_path)
 
 
 # The README -----------------------------------------------------------------------------------------------------------
@@ -100,7 +114,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_names_what_exists():
-    for path in re.findall(r"`([\w/]+\.(?:py|toml|md))`", README):
+    assert "QQ" not in README
+    for path in [*re.findall(r"`([\w/]+\.(?:py|toml|md))`", README), *re.findall(r"!\[[^]]*\]\((.*?)\)", README)]:
         assert (ROOT / path).exists(), path
     for command in re.findall(r"^(?:\S*python|torchrun[^\n]*?) ((?:data/\w+/)?\w+\.py)[ \n]", README, re.M):
         assert (ROOT / command).is_file(), command

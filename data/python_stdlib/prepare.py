@@ -35,8 +35,8 @@ def sources(root):
         if SKIP.isdisjoint(name.parts):
             try:
                 yield name.as_posix(), path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue  # a handful in older encodings
+            except (UnicodeDecodeError, OSError):
+                continue  # a handful in older encodings; links that lead nowhere
 
 
 def main(arguments):
