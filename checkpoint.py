@@ -85,7 +85,17 @@ def find_in_run(out_dir, names):
     )
 
 
-KEYS = {"model", "train", "tokenizer", "step", "best_val_loss", "seconds", "schedule_end", "dtype", "data_fingerprint"}
+KEYS = {
+    "model",
+    "train",
+    "tokenizer",
+    "step",
+    "best_val_loss",
+    "seconds",
+    "schedule_end",
+    "arithmetic",
+    "data_fingerprint",
+}
 
 
 def read_info(folder):

@@ -65,7 +65,8 @@ def main(arguments):
     for sample in range(options.num_samples):
         if sample:
             print("\n" + "-" * 80)
-        # A token may end in the middle of a character: the decoder keeps the bytes until the rest comes.
+        # A token may end in the middle of a character: the decoder keeps the bytes until the rest comes. What is still
+        # incomplete after the last token is left out.
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         print(prompt, end="", flush=True)
         stream = model.stream(
@@ -77,7 +78,7 @@ def main(arguments):
         )
         for token in stream:
             print(decoder.decode(words.to_bytes([token.item()])), end="", flush=True)
-        print(decoder.decode(b"", final=True))
+        print(flush=True)
 
 
 if __name__ == "__main__":
