@@ -42,9 +42,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3).unbind(2)  # (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
+        (q, k), v = qkv[:, :, :2].unbind(2), qkv[:, :, 2]  # (B, H, T, D) each
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k = rotate(qkv[:, :, :2], *rotation).unbind(2)  # both in one go
         if self.qk_norm:
             q, k = F.rms_norm(q, (q.shape[-1],)), F.rms_norm(k, (k.shape[-1],))
         mask, causal = None, True
@@ -60,7 +61,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al., arXiv 2104.09864): x (B, H, T, D) with its halves turned by angles (T, D / 2)."""
+    """Rotary positions (Su et al., arXiv 2104.09864): x (..., T, D) with its halves turned by angles (T, D / 2)."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
