@@ -246,7 +246,9 @@ def train(config):
 
 def _train(config, world, device):
     dtype, reason = choose_dtype(config.dtype, device)
-    world.print(f"device: {device}" + (f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""))
+    found = {"cpu": "no GPU found", "mps": "no CUDA found"}.get(device.type, "found")
+    name = f" {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    world.print(f"device: {device}{name} ({found if config.device == 'auto' else 'as asked'})")
     world.print(f"dtype: {str(dtype).removeprefix('torch.')} ({reason})")
     sequences, micro_batch = divide_batch(config, world)
     data = TokenData(config.data, config.block_size)
