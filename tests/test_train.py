@@ -309,7 +309,7 @@ def start(config, *more):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("options", [dict(), dict(optimizer="muon", schedule="wsd", mlp="swiglu")])
 def test_stopped_and_resumed_is_bitwise_the_same(tiny, number, options):
-    config = tiny("killed", max_steps=400, eval_interval=150, dropout=0.1, micro_batch=4, log_interval=1, **options)
+    config = tiny("killed", max_steps=700, eval_interval=150, dropout=0.1, micro_batch=4, log_interval=1, **options)
     process = start(config)
     for line in process.stdout:
         if line.startswith("step ") and int(line.split()[1]) >= 70:
@@ -318,7 +318,7 @@ def test_stopped_and_resumed_is_bitwise_the_same(tiny, number, options):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and not err, err
     stopped = json.loads((Path(config.out_dir) / "latest" / "config.json").read_text())["step"]
-    assert 70 <= stopped < 400 and f"stopped at step {stopped}" in out and "--resume" in out
+    assert 70 <= stopped < 700 and f"stopped at step {stopped}" in out and "--resume" in out
 
     resumed = start(config, "--resume")
     out, err = resumed.communicate(timeout=120)
@@ -327,13 +327,13 @@ def test_stopped_and_resumed_is_bitwise_the_same(tiny, number, options):
     assert whole.wait(timeout=120) == 0
     assert sha256(config.out_dir) == sha256(config.out_dir + "whole")
     a, b = steps(config.out_dir), steps(config.out_dir + "whole")
-    assert [r["step"] for r in a] == list(range(401))
+    assert [r["step"] for r in a] == list(range(701))
     for key in ("train_loss", "val_loss", "grad_norm", "lr"):
         assert [r.get(key) for r in a] == [r.get(key) for r in b]
 
 
 def test_killed_without_warning_goes_on_from_the_last_checkpoint(tiny):
-    config = tiny("killed", max_steps=300, eval_interval=40, log_interval=1)
+    config = tiny("killed", max_steps=500, eval_interval=40, log_interval=1)
     process = start(config)
     for line in process.stdout:
         if line.startswith("step ") and int(line.split()[1]) >= 100:
@@ -344,7 +344,7 @@ def test_killed_without_warning_goes_on_from_the_last_checkpoint(tiny):
     for run in (start(config, "--resume"), start(replace(config, out_dir=config.out_dir + "whole"))):
         assert run.wait(timeout=120) == 0
     assert sha256(config.out_dir) == sha256(config.out_dir + "whole")
-    assert [r["step"] for r in steps(config.out_dir)] == list(range(301))
+    assert [r["step"] for r in steps(config.out_dir)] == list(range(501))
 
 
 def test_resuming_a_finished_run_changes_nothing(tiny):
@@ -409,7 +409,7 @@ def test_max_steps_before_the_checkpoint_is_refused(tiny):
 
 
 def test_two_runs_do_not_share_a_folder(script, tiny):
-    config = tiny(max_steps=3000, eval_interval=1000, log_interval=1)
+    config = tiny(max_steps=50_000, eval_interval=10_000, log_interval=1)
     process = start(config)
     for line in process.stdout:
         if line.startswith("step 20 "):
