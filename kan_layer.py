@@ -222,14 +222,24 @@ IMPLS = {"embedding_bag": embedding_bag, "embedding": embedding, "csr": csr, "de
 def choose_impl(device_type, num_control_points, tokens, training):
     """What impl="auto" means.
 
-    CPU, measured (AVX-512, 2 cores, torch 2.13, 768 tokens, 384 to 384, ms for embedding_bag / dense): forward 8 / 10
-    at N = 8, 11 / 50 at 32, 33 / 196 at 128; forward and backward 139 / 32, 147 / 140, 245 / 641.
+    CPU, measured: the fastest of the three is chosen nearly everywhere (2 cores with AVX-512, torch 2.13; ms for
+    embedding_bag / dense / csr, forward and backward, 384 to 384, DIARY.md has the rest):
+
+        tokens   N = 8               N = 32             N = 128
+        64       11.6 / 3.8 / 7.9    14.6 / 17.4 / 22.7   40 / 100 / 179
+        768      135 / 30.1 / 57.7   149 / 132 / 81.1     215 / 788 / 285
+
+    Without a backward embedding_bag is the fastest, 9.5 / 13 / 16 at 768 tokens and N = 8. csr needs MKL, which x86 builds have.
+
     Elsewhere, estimated from an H100's bandwidth and flops, not measured: dense until its flops outgrow the look-up's
     traffic at N of about 128, unless so few tokens come that reading the whole table is the larger cost.
     """
-    if device_type == "cpu":
-        return "dense" if training and num_control_points <= 32 else "embedding_bag"
-    return "dense" if num_control_points <= 128 and (training or tokens >= num_control_points) else "embedding_bag"
+    N = num_control_points
+    if device_type != "cpu":
+        return "dense" if N <= 128 and (training or tokens >= N) else "embedding_bag"
+    if training and N > 16 and tokens >= 8 * N and torch.backends.mkl.is_available():
+        return "csr"
+    return "dense" if training and N <= 32 else "embedding_bag"
 
 
 @torch.compiler.assume_constant_result
@@ -381,9 +391,8 @@ class KANLayer(nn.Module):
         impl = self.impl
         if impl == "auto":
             device = self.kan_weight.device.type
-            many = self.num_control_points  # tokens enough that their number no longer matters
-            chosen = [choose_impl(device, self.num_control_points, many, training) for training in (True, False)]
-            impl = f"auto (on {device}: {chosen[0]} in training, {chosen[1]} in inference)"
+            chosen = [choose_impl(device, self.num_control_points, 4096, training) for training in (True, False)]
+            impl = f"auto (on {device}, 4,096 tokens: {chosen[0]} in training, {chosen[1]} in inference)"
         return (
             f"{self.in_features}, {self.out_features}, init={self.init}, num_control_points={self.num_control_points}, "
             f"spline_width={self.spline_width}, impl={impl}"

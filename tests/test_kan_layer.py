@@ -152,6 +152,28 @@ def test_float16_overflow_is_infinite_not_wild():
     assert y[0, 0].isinf() and y[1].isfinite().all()
 
 
+def test_auto_takes_what_was_measured_to_be_fastest(monkeypatch):
+    mkl = torch.backends.mkl.is_available()
+    for N, tokens, training, want in (
+        (8, 768, True, "dense"),
+        (8, 768, False, "embedding_bag"),
+        (32, 64, True, "dense"),
+        (32, 768, True, "csr" if mkl else "dense"),
+        (128, 768, True, "embedding_bag"),
+        (128, 4096, True, "csr" if mkl else "embedding_bag"),
+    ):
+        assert kan_layer.choose_impl("cpu", N, tokens, training) == want
+        layer, used = KANLayer(2, 3, num_control_points=N), []
+        watched = {n: lambda *a, n=n, used=used: used.append(n) or IMPLS[n](*a) for n in IMPLS}
+        with monkeypatch.context() as patch:
+            patch.setattr(kan_layer, "IMPLS", watched)
+            layer.requires_grad_(training)(torch.randn(tokens, 2))
+        assert used == [want]
+    assert "auto (on cpu, 4,096 tokens: dense in training, embedding_bag in inference)" in repr(
+        KANLayer(3, 3, num_control_points=8)
+    )
+
+
 # Initialisation -------------------------------------------------------------------------------------------------------
 
 
