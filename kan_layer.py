@@ -229,7 +229,8 @@ def choose_impl(device_type, num_control_points, tokens, training):
         64       11.6 / 3.8 / 7.9    14.6 / 17.4 / 22.7   40 / 100 / 179
         768      135 / 30.1 / 57.7   149 / 132 / 81.1     215 / 788 / 285
 
-    Without a backward embedding_bag is the fastest, 9.5 / 13 / 16 at 768 tokens and N = 8. csr needs MKL, which x86 builds have.
+    Without a backward embedding_bag is the fastest, 9.5 / 13 / 16 at 768 tokens and N = 8. csr needs MKL, which PyTorch
+    for x86 brings.
 
     Elsewhere, estimated from an H100's bandwidth and flops, not measured: dense until its flops outgrow the look-up's
     traffic at N of about 128, unless so few tokens come that reading the whole table is the larger cost.
