@@ -280,7 +280,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(script, tiny, tmp_pat
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.skipif(os.environ.get("NO_COMPILER") == "1", reason="asked to do without a C++ compiler")
 def test_compiled_training_is_the_same(tiny):
     eager, compiled = train.train(tiny("a")), train.train(tiny("b", compile="true"))
     assert abs(eager["val_loss"] - compiled["val_loss"]) < 1e-4
