@@ -68,15 +68,14 @@ def _move_into_place(new, place):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def find(path, names=("best", "latest")):
-    """The checkpoint folder that `path` is, or else holds under the first of `names`; ValueError if none is there."""
+def find(path):
+    """The checkpoint folder that `path` is, or else holds as best or latest; ValueError if none is there."""
     path = Path(path)
-    if (path / "config.json").is_file():
-        return path
-    return find_in_run(path, names)
+    return path if (path / "config.json").is_file() else find_in_run(path, ("best", "latest"))
 
 
 def find_in_run(out_dir, names):
+    """The first of the checkpoints named that a run's folder holds; ValueError if none is there."""
     for candidate in (Path(out_dir) / (name + end) for name in names for end in ("", ".old")):
         if (candidate / "config.json").is_file():
             return candidate

@@ -60,6 +60,13 @@ def at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+def look_up(x, num_control_points, spline_width):
+    """What each token reads: rows of the table as (F * N, O), and their weights 1 - t and t, both (B, F, 2)."""
+    i, t = locate(x, num_control_points, spline_width)
+    rows = torch.arange(x.shape[1], device=x.device) * num_control_points + i
+    return torch.stack((rows, rows + 1), dim=2), torch.stack((1 - t, t), dim=2)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Four ways to evaluate the layer. Each takes x (B, F) in float32 or better, the table (F, N, O), the width and the
 # dtype to multiply in, and returns y (B, O) in it: control points and weights are rounded to it, positions are not.
@@ -75,15 +82,11 @@ def embedding_bag(x, table, spline_width, dtype):
     Where dtype is half precision, the gradient of x is a difference of two rounded products: 0.6% off at N = 8, 10% at
     N = 128.
     """
-    in_features, N, _ = table.shape
-    table = table.to(dtype)
-    first_row = torch.arange(in_features, device=x.device) * N
+    flat = table.to(dtype).flatten(0, 1)
     outputs = []
-    for chunk in split_tokens(x, max(1, MAX_LOOKUPS // (2 * in_features))):
-        i, t = locate(chunk, N, spline_width)
-        rows = torch.stack((first_row + i, first_row + i + 1), dim=2).flatten(1)  # (B, 2F)
-        weights = torch.stack((1 - t, t), dim=2).flatten(1).to(dtype)
-        outputs.append(F.embedding_bag(rows, table.flatten(0, 1), per_sample_weights=weights, mode="sum"))
+    for chunk in split_tokens(x, max(1, MAX_LOOKUPS // (2 * x.shape[1]))):
+        rows, weights = (pair.flatten(1) for pair in look_up(chunk, table.shape[1], spline_width))  # (B, 2F)
+        outputs.append(F.embedding_bag(rows, flat, per_sample_weights=weights.to(dtype), mode="sum"))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -92,11 +95,9 @@ def embedding(x, table, spline_width, dtype):
 
     It holds (B, F, 2, O) numbers, 58 GB for 12 x 1024 tokens of a 768 to 768 layer: to read and to check with.
     """
-    in_features, N, _ = table.shape
-    i, t = locate(x, N, spline_width)
-    rows = torch.arange(in_features, device=x.device) * N + i
-    below, above = F.embedding(torch.stack((rows, rows + 1), dim=2), table.to(dtype).flatten(0, 1)).unbind(2)
-    return torch.lerp(below, above, t.unsqueeze(2).to(dtype)).sum(1)  # of (B, F, O)
+    rows, weights = look_up(x, table.shape[1], spline_width)
+    below, above = F.embedding(rows, table.to(dtype).flatten(0, 1)).unbind(2)  # (B, F, O) each
+    return torch.lerp(below, above, weights[..., 1:].to(dtype)).sum(1)
 
 
 def csr(x, table, spline_width, dtype):
@@ -113,18 +114,15 @@ def split_tokens(x, tokens):
     return [x[start : start + tokens] for start in range(0, max(1, x.shape[0]), tokens)]
 
 
-def sparse_hats(x, table, spline_width, layout=torch.sparse_csr):
-    """A (B, F*N) in CSR form; with layout=torch.sparse_csc the same three arrays are its transpose (F*N, B)."""
+def sparse_hats(x, table, spline_width):
+    """A (B, F*N) in CSR form."""
     in_features, N, _ = table.shape
-    i, t = locate(x, N, spline_width)
-    rows = torch.arange(in_features, device=x.device) * N + i
-    columns = torch.stack((rows, rows + 1), dim=2).flatten()
-    values = torch.stack((1 - t, t), dim=2).flatten().to(table.dtype)
+    columns, values = (pair.flatten() for pair in look_up(x, N, spline_width))
     starts = torch.arange(0, (x.shape[0] + 1) * 2 * in_features, 2 * in_features, device=x.device)
-    size = (x.shape[0], in_features * N) if layout == torch.sparse_csr else (in_features * N, x.shape[0])
+    size = (x.shape[0], in_features * N)
     with warnings.catch_warnings():  # PyTorch's notice that its sparse CSR support is in beta
         warnings.filterwarnings("ignore", message="Sparse CS", category=UserWarning)
-        return torch.sparse_compressed_tensor(starts, columns, values, size=size, layout=layout, check_invariants=False)
+        return torch.sparse_csr_tensor(starts, columns, values.to(table.dtype), size, check_invariants=False)
 
 
 # An operator of our own, because torch.compile can't trace sparse tensors; saved state is x alone.
@@ -142,10 +140,10 @@ def csr_matmul_backward(
     in_features, N, _ = table.shape
     if x.shape[0] == 0:
         return torch.zeros_like(x), torch.zeros_like(table)
-    grad_table = (sparse_hats(x, table, spline_width, torch.sparse_csc) @ g).view_as(table)
+    A = sparse_hats(x, table, spline_width)
+    grad_table = (A.t() @ g).view_as(table)
     # The gradient of each non-zero of A is <g, its row of C>: the product g @ C^T, sampled where A is not zero.
-    pattern = sparse_hats(x, table, spline_width)
-    sampled = torch.sparse.sampled_addmm(pattern, g, table.flatten(0, 1).t().contiguous(), beta=0.0)
+    sampled = torch.sparse.sampled_addmm(A, g, table.flatten(0, 1).t().contiguous(), beta=0.0)
     below, above = sampled.values().view(x.shape[0], in_features, 2).unbind(2)
     return ((above - below) * ((N - 1) / spline_width)).to(x.dtype), grad_table
 

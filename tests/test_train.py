@@ -473,7 +473,7 @@ def test_a_checkpoint_survives_a_crash_between_its_renames(tiny):
     train.train(config)
     out = Path(config.out_dir)
     os.rename(out / "latest", out / "latest.old")
-    assert checkpoint.find(out, ("latest",)) == out / "latest.old"
+    assert checkpoint.find_in_run(out, ("latest",)) == out / "latest.old"
     train.train(replace(config, resume=True))
 
 
