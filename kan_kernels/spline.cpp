@@ -1,0 +1,738 @@
+/*
+The spline layer on a CPU: forward and backward as look-ups, at the speed of a matrix product.
+
+    u = (x[f] + width / 2) * (N - 1) / width      i = clamp(trunc(u), 0, N - 2)      t = u - i
+    y[o] = sum_f (1 - t) * C[f, i, o] + t * C[f, i + 1, o]
+
+A look-up is two multiply-adds on two vectors that some cache has to deliver, and everything below is about which one. A
+core loads about one vector per multiply-add from its first-level cache, so there the forward runs at the rate of a
+matrix product; from the second level it runs at half of that. Three forwards, chosen in forward():
+
+- packed: a few features of a tile of outputs are copied into one contiguous block that stays in the first-level cache
+  while all tokens pass; a token's outputs stay in registers over the block.
+- sorted: for large N no block fits. Tokens are sorted by interval, feature by feature; an interval's two rows stay in
+  registers while its tokens pass, and it is the outputs that are loaded and stored.
+- direct: a handful of tokens reads less than the whole table. Threads split the features, each adds up its own share.
+
+The backward is always sorted. For all tokens of an interval the difference of its two rows and two sums stay in
+registers, so that one load of g = dL/dy serves all three gradients:
+
+    S[i] = sum g      U[i] = sum t * g      dC[k] = S[k] - U[k] + U[k - 1]      dx = <g, C[i + 1] - C[i]> * (N - 1) / width
+
+Threads split the features: no atomics, and the result does not depend on their number. The forward's is the same for a
+given number of threads. What is saved between forward and backward is x alone.
+
+Compiled for the machine it runs on, with the vector types of GCC and Clang: 64 bytes wide with AVX-512, 32 with AVX2,
+else 16.
+
+Legend
+    B tokens, F features, N control points, O outputs        x (B, F)    C, dC (F, N, O)    y, g (B, O)
+    L numbers in a vector, V vectors in a tile of outputs    i interval, t position in it, both of one token and feature
+    S number type of x, y and all sums (float or double), T of the table (S or BFloat16)
+*/
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/BFloat16.h>
+#include <omp.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <utility>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define KEEP(x) asm("" : "+v"(x))  // in a register: the compiler would rather load it once for every use
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+#define KEEP(x) asm("" : "+x"(x))
+#else
+#define VECTOR_BYTES 16
+#define KEEP(x)
+#endif
+
+namespace {
+
+using at::Tensor;
+using c10::BFloat16;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors and memory
+
+template <class S> struct Types;
+template <> struct Types<float> {
+  typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
+  typedef float unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t ints32 __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <> struct Types<double> {
+  typedef double vec __attribute__((vector_size(VECTOR_BYTES)));
+  typedef double unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t ints __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t ints32 __attribute__((vector_size(VECTOR_BYTES / 2)));
+};
+template <class S> using vec = typename Types<S>::vec;
+template <class S> constexpr int lanes = VECTOR_BYTES / sizeof(S);
+
+template <class S> INLINE void store(S* p, vec<S> v) { *(typename Types<S>::unaligned*)p = v; }
+template <class S> INLINE vec<S> broadcast(S s) { return s - vec<S>{}; }
+template <class S, class T> INLINE vec<S> load(const T* p) {
+  if constexpr (std::is_same_v<S, T>) {
+    return *(const typename Types<S>::unaligned*)p;
+  } else {  // a bfloat16 is the upper half of a float
+    typedef uint16_t half __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+    typedef uint32_t whole __attribute__((vector_size(VECTOR_BYTES)));
+    return (vec<S>)(__builtin_convertvector(*(const half*)p, whole) << 16);
+  }
+}
+
+// Past the caches: what is written once and read much later should not push out what is in use. p must be aligned.
+template <class S> INLINE void stream(S* p, vec<S> v) {
+#ifdef __AVX512F__
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  __builtin_ia32_movntdq256((long long __attribute__((vector_size(32)))*)p, (long long __attribute__((vector_size(32))))v);
+#else
+  store(p, v);
+#endif
+}
+
+template <class S, size_t... I> INLINE vec<S> add_pairs(vec<S> a, vec<S> b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, int(2 * I)...) + __builtin_shufflevector(a, b, int(2 * I + 1)...);
+}
+// The sums of L vectors, as one vector.
+template <class S, int n = lanes<S>> INLINE vec<S> sums(const vec<S>* p) {
+  if constexpr (n == 1) return *p;
+  else return add_pairs<S>(sums<S, n / 2>(p), sums<S, n / 2>(p + n / 2), std::make_index_sequence<lanes<S>>());
+}
+
+// A thread's working memory, kept from call to call: to map fresh pages would take longer than the layer itself.
+struct Scratch {
+  char* memory = nullptr;
+  size_t size = 0, used = 0;
+  ~Scratch() { free(memory); }
+  template <class T> static size_t room(size_t n) { return (n * sizeof(T) + 63) / 64 * 64 + 64; }
+  void reserve(size_t bytes) {
+    used = 0;
+    if (bytes <= size) return;
+    free(memory);
+    size = (bytes + 4095) / 4096 * 4096;
+    memory = (char*)aligned_alloc(4096, size);
+    if (!memory) { size = 0; throw std::bad_alloc(); }
+  }
+  template <class T> T* take(size_t n) {
+    T* p = (T*)(memory + used);
+    used += room<T>(n);
+    return p;
+  }
+};
+thread_local Scratch own;     // of one thread
+thread_local Scratch common;  // of the calling thread, for what all threads share
+
+// Gradients of large tables. The C library gives memory of that size back to the system and fetches it again at every
+// step, page by page: 18 ms for the 75 MB of a 384 to 384 layer at N = 128, three times its whole backward. So freed
+// ones are kept, up to 1 GB, and huge pages asked for.
+struct Pool {
+  static constexpr size_t least = 1 << 20, most = 1 << 30;
+  std::mutex mutex;
+  std::vector<std::pair<void*, size_t>> free_blocks;
+  size_t held = 0;
+  void* get(size_t bytes) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      for (auto& block : free_blocks)
+        if (block.second == bytes) {
+          void* p = block.first;
+          block = free_blocks.back();
+          free_blocks.pop_back();
+          held -= bytes;
+          return p;
+        }
+    }
+    void* p = aligned_alloc(1 << 21, (bytes + (1 << 21) - 1) >> 21 << 21);
+    if (!p) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+    return p;
+  }
+  void put(void* p, size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (held + bytes > most) return free(p);
+    free_blocks.emplace_back(p, bytes);
+    held += bytes;
+  }
+};
+
+Tensor empty_gradient(const Tensor& table) {
+  static Pool* pool = new Pool;  // never destroyed: tensors may outlive everything else
+  size_t bytes = table.numel() * table.element_size();
+  if (bytes < Pool::least) return at::empty(table.sizes(), table.options());
+  return at::from_blob(pool->get(bytes), table.sizes(), [bytes](void* p) { pool->put(p, bytes); }, table.options());
+}
+
+size_t second_level_cache() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  if (long size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) return size;
+#endif
+  return 512 * 1024;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Where does x fall?
+
+template <class S> struct Layer {
+  int64_t B, F, O;
+  int N;
+  S half, inv;  // half the width; knots per unit
+};
+
+template <class S> INLINE void locate(vec<S> x, const Layer<S>& layer, typename Types<S>::ints& i, vec<S>& t) {
+  vec<S> u = (x + layer.half) * layer.inv, zero = {}, last = broadcast<S>(layer.N - 2);
+  vec<S> clamped = u > zero ? u : zero;  // so NaN gets interval 0, and t = NaN
+  clamped = clamped < last ? clamped : last;
+  i = __builtin_convertvector(clamped, typename Types<S>::ints);
+  t = u - __builtin_convertvector(i, vec<S>);
+}
+
+// One token's look-ups, by groups of 16 features. row: offset of C[f, i] in a packed block of FB features (a divisor of
+// 16), each row W numbers. Group j of the token is at j * stride.
+constexpr int GROUP = 16;
+template <class S>
+void find_rows(const S* x, const Layer<S>& layer, int FB, int W, int32_t* row, S* t, int64_t stride) {
+  constexpr int L = lanes<S>;
+  for (int64_t f = 0; f < layer.F; f += L) {
+    vec<S> xs, ts;
+    typename Types<S>::ints i;
+    if (f + L <= layer.F) {
+      xs = load<S>(x + f);
+    } else {
+      S padded[L] = {};
+      memcpy(padded, x + f, (layer.F - f) * sizeof(S));
+      xs = load<S>(padded);
+    }
+    locate<S>(xs, layer, i, ts);
+    int64_t at = f / GROUP * stride + f % GROUP;
+    for (int k = 0; k < L; k++) i[k] += (f + k) % FB * layer.N;
+    *(typename Types<S>::ints32*)(row + at) = __builtin_convertvector(i * W, typename Types<S>::ints32);
+    *(vec<S>*)(t + at) = ts;
+  }
+}
+
+// All tokens of one feature in order of their interval: interval i has tokens order[start[i]] to order[start[i + 1]].
+// t is by token. order is followed by 16 valid entries, for whoever looks ahead.
+template <class S>
+void sort_tokens(const S* x, int n, const Layer<S>& layer, int32_t* order, int32_t* start, S* t, int32_t* interval) {
+  constexpr int L = lanes<S>;
+  const int N = layer.N;
+  for (int b = 0; b < n; b++) t[b] = x[b * layer.F];
+  for (int b = n; b < n + GROUP; b++) t[b] = 0;
+  for (int b = 0; b < n; b += L) {
+    vec<S> ts;
+    typename Types<S>::ints i;
+    locate<S>(*(vec<S>*)(t + b), layer, i, ts);
+    *(typename Types<S>::ints32*)(interval + b) = __builtin_convertvector(i, typename Types<S>::ints32);
+    *(vec<S>*)(t + b) = ts;
+  }
+#ifdef __AVX512F__
+  if (N <= 16) {  // few intervals: pick out the tokens of each, 16 at a time
+    int filled = 0;
+    for (int i = 0; i < N - 1; i++) {
+      start[i] = filled;
+      __m512i tokens = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      for (int b = 0; b < n; b += 16) {
+        __mmask16 here = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(interval + b), _mm512_set1_epi32(i));
+        if (n - b < 16) here &= (1 << (n - b)) - 1;
+        _mm512_storeu_si512(order + filled, _mm512_maskz_compress_epi32(here, tokens));
+        filled += __builtin_popcount(here);
+        tokens = _mm512_add_epi32(tokens, _mm512_set1_epi32(16));
+      }
+    }
+    start[N - 1] = filled;
+  } else
+#endif
+  {
+    std::fill(start, start + N + 1, 0);
+    for (int b = 0; b < n; b++) start[interval[b] + 2]++;  // shifted by two, so that placing leaves the starts
+    for (int i = 2; i <= N; i++) start[i] += start[i - 1];
+    for (int b = 0; b < n; b++) order[start[interval[b] + 1]++] = b;
+  }
+  std::fill(order + n, order + n + GROUP, 0);
+}
+
+// Rows of a tile of outputs, W wide, copied close together as S; what lies beyond O is zero.
+template <class S, class T, int V>
+INLINE void pack(const T* rows, int64_t count, int64_t O, int width, S* to) {
+  constexpr int L = lanes<S>, W = V * L;
+  for (int64_t r = 0; r < count; r++, rows += O, to += W) {
+    if (width == W) UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(to + v * L) = load<S>(rows + v * L);
+    else for (int o = 0; o < W; o++) to[o] = o < width ? S(rows[o]) : S(0);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+
+// One tile of outputs for tokens [b0, b1) of n. Block by block of FB features; partial sums rest in y_tile between blocks.
+template <class S, class T, int V>
+void packed_forward(const Layer<S>& layer, const T* table, int64_t o0, const int32_t* row, const S* t, int64_t n, int64_t b0,
+                    int64_t b1, int FB, S* tile, S* y_tile, S* y) {
+  constexpr int L = lanes<S>, W = V * L;
+  const int64_t N = layer.N, F = layer.F, O = layer.O;
+  const int width = std::min<int64_t>(W, O - o0);
+  for (int64_t f0 = 0; f0 < F; f0 += FB) {
+    const int fn = std::min<int64_t>(FB, F - f0);
+    const bool first = f0 == 0, last = f0 + fn == F;
+    pack<S, T, V>(table + f0 * N * O + o0, fn * N, O, width, tile);
+    // The next block's rows are fetched while the tokens of this one pass.
+    const T* next = table + (f0 + FB) * N * O + o0;
+    const int64_t rows_next = last ? 0 : std::min<int64_t>(FB, F - f0 - FB) * N;
+    int64_t fetched = 0;
+    const int64_t at = (f0 / GROUP * n + b0) * GROUP + f0 % GROUP;
+    const int32_t* r = row + at;
+    const S* ts = t + at;
+    S* sum = y_tile;
+    for (int64_t b = b0; b < b1; b++, r += GROUP, ts += GROUP, sum += W) {
+      for (const int64_t to = rows_next * (b - b0 + 1) / (b1 - b0); fetched < to; fetched++)
+        for (int o = 0; o < W; o += 64 / sizeof(T)) __builtin_prefetch(next + fetched * O + o, 0, 2);
+      vec<S> acc[V], other[V];  // with few accumulators the latency of the additions would show: take two sets
+      UNROLL for (int v = 0; v < V; v++) {
+        acc[v] = first ? vec<S>{} : *(vec<S>*)(sum + v * L);
+        other[v] = vec<S>{};
+      }
+      for (int f = 0; f < fn; f++) {
+        const S* c = tile + r[f];
+        vec<S> above = broadcast<S>(ts[f]);
+        KEEP(above);
+        const vec<S> below = S(1) - above;
+        UNROLL for (int v = 0; v < V; v++) {
+          acc[v] += below * *(vec<S>*)(c + v * L);
+          (V <= 4 ? other : acc)[v] += above * *(vec<S>*)(c + W + v * L);
+        }
+      }
+      UNROLL for (int v = 0; v < V; v++) if (V <= 4) acc[v] += other[v];
+      if (last && width == W) {
+        UNROLL for (int v = 0; v < V; v++) store(y + b * O + o0 + v * L, acc[v]);
+      } else {
+        UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(sum + v * L) = acc[v];
+        if (last) memcpy(y + b * O + o0, sum, width * sizeof(S));
+      }
+    }
+  }
+}
+
+// Room for n tokens, sorted: whole vectors, and the entries to look ahead at.
+inline int64_t sorted_size(int64_t n) { return (n + 2 * GROUP - 1) / GROUP * GROUP; }
+
+// The tokens of all features, sorted: feature f's order is at f * size, its starts at f * (N + 1).
+template <class S> struct Sorted {
+  const int32_t *order, *start;
+  const S* t;
+  int64_t size;
+};
+
+// The rows of one feature in a tile: where they are if they can be used as they are, else a copy in tile.
+template <class S, class T, int V>
+INLINE const S* rows_of(const T* table, const Layer<S>& layer, int64_t f, int64_t o0, S* tile, int64_t& stride) {
+  constexpr int W = V * lanes<S>;
+  const T* rows = table + f * layer.N * layer.O + o0;
+  if constexpr (std::is_same_v<S, T>)
+    if (o0 + W <= layer.O) return stride = layer.O, rows;
+  pack<S, T, V>(rows, layer.N, layer.O, std::min<int64_t>(W, layer.O - o0), tile);
+  return stride = W, tile;
+}
+
+constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4
+
+// One tile of outputs for all n tokens.
+template <class S, class T, int V>
+void sorted_forward(const Layer<S>& layer, const T* table, int64_t o0, Sorted<S> sorted, int64_t n, S* tile, S* y_tile, S* y) {
+  constexpr int L = lanes<S>, W = V * L;
+  const int64_t N = layer.N, F = layer.F, O = layer.O;
+  const int width = std::min<int64_t>(W, O - o0);
+  std::fill(y_tile, y_tile + n * W, S(0));
+  for (int64_t f = 0; f < F; f++) {
+    int64_t stride;
+    const S* c = rows_of<S, T, V>(table, layer, f, o0, tile, stride);
+    const int32_t *order = sorted.order + f * sorted.size, *start = sorted.start + f * (N + 1);
+    const S* t = sorted.t + f * sorted.size;
+    for (int i = 0; i < N - 1; i++, c += stride) {
+      UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(c + ROWS_AHEAD * stride + v * L);
+      if (start[i] == start[i + 1]) continue;
+      vec<S> below[V], rise[V];
+      UNROLL for (int v = 0; v < V; v++) {
+        below[v] = load<S>(c + v * L);
+        rise[v] = load<S>(c + stride + v * L) - below[v];
+      }
+      for (int q = start[i]; q < start[i + 1]; q++) {
+        const S* ahead = y_tile + (int64_t)order[q + TOKENS_AHEAD] * W;
+        UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(ahead + v * L, 1);
+        const int b = order[q];
+        const vec<S> ts = broadcast<S>(t[b]);
+        S* sum = y_tile + (int64_t)b * W;
+        UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(sum + v * L) += below[v] + ts * rise[v];
+      }
+    }
+  }
+  for (int64_t b = 0; b < n; b++) memcpy(y + b * O + o0, y_tile + b * W, width * sizeof(S));
+}
+
+// Features [f0, f1) of all tokens, added up in sum (B, O_padded). Four features at a time, so that the sums pass through
+// the registers once for eight rows of the table.
+template <class S, class T>
+void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f0, int64_t f1, S* sum, int64_t O_padded) {
+  constexpr int L = lanes<S>, GANG = 4;
+  const int64_t N = layer.N, O = layer.O, whole = O / L * L;
+  std::fill(sum, sum + layer.B * O_padded, S(0));
+  for (int64_t f = f0; f < f1; f += GANG) {
+    const int gang = std::min<int64_t>(GANG, f1 - f);
+    for (int64_t b = 0; b < layer.B; b++) {
+      S xs[L] = {}, ts[L], above[GANG] = {}, below[GANG] = {};
+      typename Types<S>::ints i;
+      vec<S> tv;
+      static_assert(L >= 2);
+      const T* c[GANG];
+      for (int k0 = 0; k0 < gang; k0 += L) {
+        memcpy(xs, x + b * layer.F + f + k0, std::min(gang - k0, L) * sizeof(S));
+        locate<S>(load<S>(xs), layer, i, tv);
+        store(ts, tv);
+        for (int k = k0; k < std::min(gang, k0 + L); k++) {
+          c[k] = table + ((f + k) * N + i[k - k0]) * O;
+          above[k] = ts[k - k0];
+          below[k] = 1 - above[k];
+        }
+      }
+      for (int k = gang; k < GANG; k++) c[k] = c[0];  // with weight zero
+      S* y = sum + b * O_padded;
+      for (int64_t o = 0; o < whole; o += L) {
+        vec<S> acc = *(vec<S>*)(y + o);
+        UNROLL for (int k = 0; k < GANG; k++) {
+          if (k < gang) acc += broadcast<S>(below[k]) * load<S>(c[k] + o) + broadcast<S>(above[k]) * load<S>(c[k] + O + o);
+        }
+        *(vec<S>*)(y + o) = acc;
+      }
+      for (int64_t o = whole; o < O; o++)
+        for (int k = 0; k < gang; k++) y[o] += below[k] * S(c[k][o]) + above[k] * S(c[k][O + o]);
+    }
+  }
+}
+
+int thread_count(double work) {  // work in multiply-adds; below some thousand a second thread costs more than it brings
+  return at::in_parallel_region() || work < 20000 ? 1 : at::get_num_threads();
+}
+
+// Calls f with V as a compile-time constant.
+template <class F> INLINE void with_tile(int V, F f) {
+  switch (V) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 6: return f(std::integral_constant<int, 6>());
+    default: return f(std::integral_constant<int, 8>());
+  }
+}
+constexpr int TILES[] = {8, 6, 4, 3, 2, 1};
+
+template <class S, class T> void forward(const Layer<S>& layer, const S* x, const T* table, S* y) {
+  constexpr int L = lanes<S>;
+  const int64_t B = layer.B, F = layer.F, O = layer.O, N = layer.N;
+  const int threads = thread_count(2.0 * B * F * O);
+
+  if (B <= 8) {
+    const int64_t padded = (O + L - 1) / L * L + L;
+    common.reserve(Scratch::room<S>(threads * B * padded));
+    S* share = common.take<S>(threads * B * padded);
+#pragma omp parallel num_threads(threads)
+    {
+      const int64_t me = omp_get_thread_num();
+      direct_forward<S, T>(layer, table, x, F * me / threads, F * (me + 1) / threads, share + me * B * padded, padded);
+#pragma omp barrier
+      for (int64_t b = 0; b < B; b++)
+        for (int64_t o = O * me / threads; o < O * (me + 1) / threads; o++) {
+          S sum = share[b * padded + o];
+          for (int k = 1; k < threads; k++) sum += share[(k * B + b) * padded + o];
+          y[b * O + o] = sum;
+        }
+    }
+    return;
+  }
+
+  // Threads share out tiles of outputs, or where there are too few, groups of tokens too. The estimate is in cycles.
+  static const char* env_sort = getenv("SORTN");
+  const bool sort = N > (env_sort ? atoi(env_sort) : 64);
+  static const char* env_v = getenv("FV");
+  const int64_t limit = std::clamp<int64_t>(second_level_cache() / 2 / (8 * L * sizeof(S)), 128, 1024);
+  const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks;
+  int V = 1;
+  int64_t parts = 1;
+  double best = 1e300;
+  for (int v : TILES)
+    for (int64_t p : {1, threads}) {
+      if (env_v && v != atoi(env_v)) continue;
+      if (sort && p > 1) continue;
+      const int64_t tasks = (O + v * L - 1) / (v * L) * p;
+      const double cost = (tasks + threads - 1) / threads * (n_max / double(p) * (2.5 * v + 1.5) + 1.5 * N * v);
+      if (cost < best) best = cost, V = v, parts = p;
+    }
+  const int64_t W = V * L, tiles = (O + W - 1) / W, groups = (F + GROUP - 1) / GROUP;
+  int FB = GROUP;
+  static const char* env_fb = getenv("FBYTES");
+  const size_t room = env_fb ? atoi(env_fb) * 1024 : 24 * 1024;
+  while (FB > 1 && FB * N * W * sizeof(S) > room) FB /= 2;
+  static const char* env_min = getenv("FBMIN");
+  if (env_min) FB = std::max(FB, atoi(env_min));
+
+  const int64_t m = sorted_size(n_max), looked_up = sort ? F * m : groups * n_max * GROUP;
+  common.reserve(Scratch::room<int32_t>(looked_up) + Scratch::room<S>(looked_up) + Scratch::room<int32_t>(F * (N + 1)));
+  int32_t* row = common.take<int32_t>(looked_up);
+  S* t = common.take<S>(looked_up);
+  int32_t* start = common.take<int32_t>(F * (N + 1));
+
+#pragma omp parallel num_threads(threads)
+  {
+    own.reserve(Scratch::room<S>(FB * N * W) + Scratch::room<S>(n_max * W) + Scratch::room<int32_t>(m));
+    S* tile = own.take<S>(FB * N * W);
+    S* y_tile = own.take<S>(n_max * W);
+    int32_t* interval = own.take<int32_t>(m);
+    for (int64_t b0 = 0; b0 < B; b0 += n_max) {
+      const int64_t n = std::min(n_max, B - b0);
+      if (sort) {
+#pragma omp for schedule(static)
+        for (int64_t f = 0; f < F; f++)
+          sort_tokens(x + b0 * F + f, n, layer, row + f * m, start + f * (N + 1), t + f * m, interval);
+      } else {
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < n; b++)
+          find_rows(x + (b0 + b) * F, layer, FB, W, row + b * GROUP, t + b * GROUP, n * GROUP);
+      }
+#pragma omp for schedule(static)
+      for (int64_t task = 0; task < tiles * parts; task++) {
+        const int64_t o0 = task / parts * W, part = task % parts;
+        with_tile(V, [&](auto v) {
+          constexpr int V = decltype(v)::value;
+          if (sort) sorted_forward<S, T, V>(layer, table, o0, {row, start, t, m}, n, tile, y_tile, y + b0 * O);
+          else packed_forward<S, T, V>(layer, table, o0, row, t, n, n * part / parts, n * (part + 1) / parts, FB, tile, y_tile, y + b0 * O);
+        });
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
+
+enum class Write { once, streamed, added };
+
+// One feature, one tile of outputs, n tokens of g. along: for each token the vector whose sum is <g, C[i + 1] - C[i]>.
+template <class S, int V, Write write>
+void sorted_backward(int N, const S* c, int64_t c_stride, S* d, int64_t d_stride, const S* g, const int32_t* order,
+                     const int32_t* start, const S* t, vec<S>* along) {
+  constexpr int L = lanes<S>, W = V * L;
+  auto put = [&](int v, vec<S> value) __attribute__((always_inline)) {
+    if constexpr (write == Write::streamed) stream(d + v * L, value);
+    else store(d + v * L, write == Write::added ? load<S>(d + v * L) + value : value);
+  };
+  vec<S> carry[V];  // U of the interval below
+  UNROLL for (int v = 0; v < V; v++) carry[v] = vec<S>{};
+  for (int i = 0; i < N - 1; i++, c += c_stride, d += d_stride) {
+    UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(c + ROWS_AHEAD * c_stride + v * L);
+    vec<S> sum[V], weighted[V];  // S and U
+    UNROLL for (int v = 0; v < V; v++) sum[v] = weighted[v] = vec<S>{};
+    if (start[i] != start[i + 1]) {
+      vec<S> rise[V];
+      UNROLL for (int v = 0; v < V; v++) rise[v] = load<S>(c + c_stride + v * L) - load<S>(c + v * L);
+      for (int q = start[i]; q < start[i + 1]; q++) {
+        const S* ahead = g + (int64_t)order[q + TOKENS_AHEAD] * W;
+        UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(ahead + v * L);
+        const int b = order[q];
+        const vec<S> ts = broadcast<S>(t[b]);
+        vec<S> dot = {};
+        UNROLL for (int v = 0; v < V; v++) {
+          vec<S> gs = *(const vec<S>*)(g + (int64_t)b * W + v * L);
+          KEEP(gs);
+          sum[v] += gs;
+          weighted[v] += ts * gs;
+          dot += rise[v] * gs;
+        }
+        along[b] = dot;
+      }
+    }
+    UNROLL for (int v = 0; v < V; v++) {
+      put(v, carry[v] + sum[v] - weighted[v]);
+      carry[v] = weighted[v];
+    }
+  }
+  UNROLL for (int v = 0; v < V; v++) put(v, carry[v]);
+}
+
+template <class S, class T> void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* dx, S* dtable) {
+  constexpr int L = lanes<S>, V_most = VECTOR_BYTES == 32 ? 4 : 8;  // three registers a vector: 16 are there, or 32
+  const int64_t B = layer.B, F = layer.F, O = layer.O, N = layer.N;
+  const int threads = thread_count(3.0 * B * F * O);
+
+  int V = 1;
+  double best = 1e300;
+  for (int v : TILES) {
+    const double cost = (O + v * L - 1) / (v * L) * (2.5 * v + 4);
+    if (v <= V_most && cost < best) best = cost, V = v;
+  }
+  const int64_t W = V * L, tiles = (O + W - 1) / W;
+  // g is copied tile by tile, n_max tokens at a time: a block of a tile stays in the second-level cache while the
+  // features pass. Passes keep the copy below 16 MB.
+  const int64_t limit = std::max<int64_t>(128, second_level_cache() / 2 / (W * sizeof(S)));
+  const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks;
+  const int64_t blocks_a_pass = std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(S)), 1, blocks);
+  const int64_t FB = std::clamp<int64_t>(F / (4 * threads), 1, GROUP);
+  const bool aligned = O * sizeof(S) % VECTOR_BYTES == 0;
+  static const char* env_st = getenv("NTMB");
+  const bool streamed = blocks == 1 && aligned && F * N * O * int64_t(sizeof(S)) >= (env_st ? atoi(env_st) : 4) << 20;
+
+  common.reserve(Scratch::room<S>(blocks_a_pass * tiles * n_max * W));
+  S* packed = common.take<S>(blocks_a_pass * tiles * n_max * W);
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t m = sorted_size(n_max);
+    own.reserve(Scratch::room<int32_t>(FB * m + m + FB * (N + 1)) + 2 * Scratch::room<S>(FB * m) + Scratch::room<vec<S>>(m) +
+                2 * Scratch::room<S>(N * W) + 256);
+    int32_t *order = own.take<int32_t>(FB * m), *interval = own.take<int32_t>(m), *start = own.take<int32_t>(FB * (N + 1));
+    S *t = own.take<S>(FB * m), *dots = own.take<S>(FB * m), *tile = own.take<S>(N * W), *d_tile = own.take<S>(N * W);
+    vec<S>* along = own.take<vec<S>>(m);
+    for (int64_t b = 0; b < m; b++) along[b] = vec<S>{};
+
+    for (int64_t first = 0; first < blocks; first += blocks_a_pass) {
+      const int64_t in_pass = std::min(blocks_a_pass, blocks - first);
+#pragma omp for schedule(static)
+      for (int64_t z = 0; z < in_pass * tiles; z++) {
+        const int64_t b0 = (first + z / tiles) * n_max, o0 = z % tiles * W;
+        with_tile(V, [&](auto v) {
+          pack<S, S, decltype(v)::value>(g + b0 * O + o0, std::min(n_max, B - b0), O, std::min(W, O - o0), packed + z * n_max * W);
+        });
+      }
+#pragma omp for schedule(dynamic)
+      for (int64_t f0 = 0; f0 < F; f0 += FB) {
+        const int64_t fn = std::min(FB, F - f0);
+        for (int64_t block = first; block < first + in_pass; block++) {
+          const int64_t b0 = block * n_max, n = std::min(n_max, B - b0);
+          for (int64_t f = 0; f < fn; f++)
+            sort_tokens(x + b0 * F + f0 + f, n, layer, order + f * m, start + f * (N + 1), t + f * m, interval);
+          for (int64_t k = 0; k < tiles; k++) {
+            const int64_t o0 = k * W;
+            const S* g_tile = packed + ((block - first) * tiles + k) * n_max * W;
+            for (int64_t f = 0; f < fn; f++) {
+              with_tile(V, [&](auto v) {
+                constexpr int V = decltype(v)::value;
+                if constexpr (V <= V_most) {
+                  int64_t stride;
+                  const S* c = rows_of<S, T, V>(table, layer, f0 + f, o0, tile, stride);
+                  S* d = dtable + (f0 + f) * N * O + o0;
+                  const int32_t *o = order + f * m, *s = start + f * (N + 1);
+                  if (o0 + W > O) {
+                    sorted_backward<S, V, Write::once>(N, c, stride, d_tile, W, g_tile, o, s, t + f * m, along);
+                    for (int64_t r = 0; r < N; r++)
+                      for (int64_t j = 0; j < O - o0; j++) d[r * O + j] = (block ? d[r * O + j] : S(0)) + d_tile[r * W + j];
+                  } else if (block) {
+                    sorted_backward<S, V, Write::added>(N, c, stride, d, O, g_tile, o, s, t + f * m, along);
+                  } else if (streamed) {
+                    sorted_backward<S, V, Write::streamed>(N, c, stride, d, O, g_tile, o, s, t + f * m, along);
+                  } else {
+                    sorted_backward<S, V, Write::once>(N, c, stride, d, O, g_tile, o, s, t + f * m, along);
+                  }
+                }
+              });
+              S* dot = dots + f * m;
+              for (int64_t b = 0; b < n; b += L) {
+                const vec<S> dot_tile = sums<S>(along + b);
+                store(dot + b, k ? load<S>(dot + b) + dot_tile : dot_tile);
+              }
+            }
+          }
+          for (int64_t b = 0; b < n; b++)
+            for (int64_t f = 0; f < fn; f++) dx[(b0 + b) * F + f0 + f] = dots[f * m + b] * layer.inv;
+        }
+      }
+    }
+#ifdef __AVX2__
+    __builtin_ia32_sfence();  // streamed stores are not ordered by the barrier
+#endif
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The operators
+
+template <class S> Layer<S> describe(const Tensor& x, const Tensor& table, double width) {
+  TORCH_CHECK(x.dim() == 2 && table.dim() == 3 && x.size(1) == table.size(0) && table.size(1) >= 2,
+              "spline: x must be (B, F) and the table (F, N, O) with N >= 2, got ", x.sizes(), " and ", table.sizes());
+  return {x.size(0), x.size(1), table.size(2), (int)table.size(1), S(width / 2), S((table.size(1) - 1) / width)};
+}
+
+template <class Run> void with_types(const Tensor& x, const Tensor& table, Run run) {
+  const auto s = x.scalar_type(), t = table.scalar_type();
+  if (s == at::kDouble && t == at::kDouble) return run(double(), double());
+  if (s == at::kFloat && t == at::kFloat) return run(float(), float());
+  TORCH_CHECK(s == at::kFloat && t == at::kBFloat16,
+              "spline: x and table must be both float32 or both float64, or float32 and bfloat16, got ", s, " and ", t);
+  run(float(), BFloat16());
+}
+
+Tensor spline(const Tensor& x_, const Tensor& table_, double width) {
+  const Tensor x = x_.contiguous(), table = table_.contiguous();
+  Tensor y = at::empty({x.size(0), table.size(2)}, x.options());
+  with_types(x, table, [&](auto s, auto t) {
+    using S = decltype(s);
+    using T = decltype(t);
+    const auto layer = describe<S>(x, table, width);
+    if (y.numel()) forward<S, T>(layer, x.const_data_ptr<S>(), table.const_data_ptr<T>(), y.data_ptr<S>());
+  });
+  return y;
+}
+
+// Gradients of x and of the table; a bfloat16 table's is float32.
+std::tuple<Tensor, Tensor> spline_backward(const Tensor& g_, const Tensor& x_, const Tensor& table_, double width) {
+  const Tensor g = g_.contiguous(), x = x_.contiguous(), table = table_.contiguous();
+  Tensor dx = at::empty(x.sizes(), x.options());
+  Tensor dtable;
+  with_types(x, table, [&](auto s, auto t) {
+    using S = decltype(s);
+    using T = decltype(t);
+    const auto layer = describe<S>(x, table, width);
+    TORCH_CHECK(g.dim() == 2 && g.size(0) == layer.B && g.size(1) == layer.O && g.scalar_type() == x.scalar_type(),
+                "spline_backward: g must be (", layer.B, ", ", layer.O, ") and of the type of x, got ", g.sizes());
+    if (layer.B == 0) {
+      dtable = at::zeros(table.sizes(), x.options());
+      return;
+    }
+    dtable = empty_gradient(table.scalar_type() == x.scalar_type() ? table : at::empty(table.sizes(), x.options()));
+    backward<S, T>(layer, g.const_data_ptr<S>(), x.const_data_ptr<S>(), table.const_data_ptr<T>(), dx.data_ptr<S>(),
+                   dtable.data_ptr<S>());
+  });
+  return {dx, dtable};
+}
+
+TORCH_LIBRARY(splinegpt_cpu, m) {
+  m.def("spline(Tensor x, Tensor table, float width) -> Tensor");
+  m.def("spline_backward(Tensor g, Tensor x, Tensor table, float width) -> (Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(splinegpt_cpu, CPU, m) {
+  m.impl("spline", &spline);
+  m.impl("spline_backward", &spline_backward);
+}
+
+}  // namespace
