@@ -20,7 +20,8 @@ Control points are values of the curve at its knots, in the units of x: a curve 
 
 The same sum can be read as a look-up (two rows of C per feature, a cost independent of N) or as a matrix product
 A @ C, where row A[b] holds the N hat functions of each feature, two of them non-zero ("hat GEMM": N/2 times the
-flops of the look-up, but at the speed of a matrix product). Both are below; impl="auto" chooses.
+flops of the look-up, but at the speed of a matrix product). Both are below; impl="auto" chooses. On a CPU it chooses
+the look-up as compiled C++, kan_kernels/spline.cpp, wherever a compiler is at hand.
 
 Legend of shapes
     B  tokens (all leading dimensions, flattened)       F  in_features        x  (B, F)
@@ -38,6 +39,8 @@ import warnings
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import kan_kernels
 
 INITS = ("random_normal", "identity", "zero")
 
@@ -68,10 +71,22 @@ def look_up(x, num_control_points, spline_width):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Four ways to evaluate the layer. Each takes x (B, F) in float32 or better, the table (F, N, O), the width and the
+# Five ways to evaluate the layer. Each takes x (B, F) in float32 or better, the table (F, N, O), the width and the
 # dtype to multiply in, and returns y (B, O) in it: control points and weights are rounded to it, positions are not.
 
 MAX_LOOKUPS = 2**26 - 1  # ATen's CUDA kernel numbers its threads, 32 to a look-up, in int32: more would wrap around
+
+
+def cpp(x, table, spline_width, dtype):
+    """The look-up in C++, for CPUs (kan_kernels/spline.cpp): 2F rows a token, at the speed of a matrix product.
+
+    Saves only x. bfloat16 tables are read as they are; sums are in float32, or float64 where x or the table is.
+    """
+    if x.dtype == torch.float64 or table.dtype == torch.float64:
+        x, table = x.double(), table.double()
+    elif table.dtype != torch.bfloat16:
+        table = table.float()
+    return kan_kernels.spline(x, table, spline_width).to(dtype)
 
 
 def embedding_bag(x, table, spline_width, dtype):
@@ -214,21 +229,22 @@ class HatMatmul(torch.autograd.Function):
         return grad_x, None if grad_table is None else grad_table.view_as(table).to(table.dtype), None, None
 
 
-IMPLS = {"embedding_bag": embedding_bag, "embedding": embedding, "csr": csr, "dense": dense}
+IMPLS = {"cpp": cpp, "embedding_bag": embedding_bag, "embedding": embedding, "csr": csr, "dense": dense}
 
 
 def choose_impl(device_type, num_control_points, tokens, training):
     """What impl="auto" means.
 
-    CPU, measured: the fastest of the three is chosen nearly everywhere (2 cores with AVX-512, torch 2.13; ms for
-    embedding_bag / dense / csr, forward and backward, 384 to 384, DIARY.md has the rest):
+    CPU, measured (2 cores with AVX-512, torch 2.13, ms, forward and backward, 384 to 384; DIARY.md has the rest):
 
-        tokens   N = 8               N = 32             N = 128
-        64       11.6 / 3.8 / 7.9    14.6 / 17.4 / 22.7   40 / 100 / 179
-        768      135 / 30.1 / 57.7   149 / 132 / 81.1     215 / 788 / 285
+        tokens  N    cpp    embedding_bag   dense    csr
+        64      8    0.9    11.6            3.8      7.9
+        768     8    6.4    135             30.1     57.7
+        768     32   7.6    149             132      81.1
+        768     128  11.1   215             788      285
 
-    Without a backward embedding_bag is the fastest, 9.5 / 13 / 16 at 768 tokens and N = 8. csr needs MKL, which PyTorch
-    for x86 brings.
+    So cpp, and where it can't be compiled the best of the others: in training dense for small N, then csr (which needs
+    MKL; PyTorch for x86 brings it) or embedding_bag; without a backward embedding_bag.
 
     Elsewhere, estimated from an H100's bandwidth and flops, not measured: dense until its flops outgrow the look-up's
     traffic at N of about 128, unless so few tokens come that reading the whole table is the larger cost.
@@ -236,6 +252,8 @@ def choose_impl(device_type, num_control_points, tokens, training):
     N = num_control_points
     if device_type != "cpu":
         return "dense" if N <= 128 and (training or tokens >= N) else "embedding_bag"
+    if kan_kernels.available():
+        return "cpp"
     if training and N > 16 and tokens >= 8 * N and torch.backends.mkl.is_available():
         return "csr"
     return "dense" if training and N <= 32 else "embedding_bag"
@@ -277,15 +295,15 @@ class KANLayer(nn.Module):
         num_control_points: knots per curve, N >= 2. Parameters: in_features * N * out_features.
         spline_width: the curves' domain is [-spline_width / 2, spline_width / 2], in the units of x; outside, the end
             pieces go on as straight lines. Put a LayerNorm in front: 4.0 then holds 95% of a normal input.
-        impl: "embedding_bag", "dense", "csr", "embedding", or "auto" (see choose_impl).
+        impl: "cpp", "embedding_bag", "dense", "csr", "embedding", or "auto" (see choose_impl).
 
     Shapes: input (..., in_features), output (..., out_features); any leading dimensions, none or empty ones too.
     dtypes: float64, float32, bfloat16, float16. The output has the input's dtype, under autocast the autocast dtype.
         Positions and interpolation weights are computed in float32 or better; on CPUs so is the sum.
-    Second derivatives: impl "dense" and "embedding" have them, "embedding_bag" and "csr" raise.
+    Second derivatives: impl "dense" and "embedding" have them, the others raise.
     NaN and infinite inputs make all outputs of their own token NaN or infinite, and no other token's.
     Raises ValueError for a wrong last dimension, a non-floating input, N < 2, a width that is not positive and finite,
-        an unknown init or impl.
+        an unknown init or impl, impl "cpp" off the CPU or without a compiler.
     """
 
     def __init__(
@@ -361,6 +379,8 @@ class KANLayer(nn.Module):
         if impl == "auto":
             training = torch.is_grad_enabled() and (x.requires_grad or self.kan_weight.requires_grad)
             impl = choose_impl(device, self.num_control_points, x.numel() // self.in_features, training)
+        elif impl == "cpp" and (device != "cpu" or not kan_kernels.available()):
+            raise ValueError(f"impl='cpp' needs a CPU and a C++ compiler, got {x.device}; use impl='auto'")
 
         # Half precision is for matrix units and bandwidth that CPUs mostly lack; there the sum is made in float32.
         dtype = out_dtype

@@ -46,6 +46,7 @@ Legend
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 #ifdef __AVX512F__
@@ -179,11 +180,11 @@ struct Pool {
   }
 };
 
-Tensor empty_gradient(const Tensor& table) {
+Tensor pooled(at::IntArrayRef sizes, const at::TensorOptions& options) {
   static Pool* pool = new Pool;  // never destroyed: tensors may outlive everything else
-  size_t bytes = table.numel() * table.element_size();
-  if (bytes < Pool::least) return at::empty(table.sizes(), table.options());
-  return at::from_blob(pool->get(bytes), table.sizes(), [bytes](void* p) { pool->put(p, bytes); }, table.options());
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  if (bytes < Pool::least) return at::empty(sizes, options);
+  return at::from_blob(pool->get(bytes), sizes, [bytes](void* p) { pool->put(p, bytes); }, options);
 }
 
 size_t second_level_cache() {
@@ -210,12 +211,13 @@ template <class S> INLINE void locate(vec<S> x, const Layer<S>& layer, typename 
   t = u - __builtin_convertvector(i, vec<S>);
 }
 
-// One token's look-ups, by groups of 16 features. row: offset of C[f, i] in a packed block of FB features (a divisor of
-// 16), each row W numbers. Group j of the token is at j * stride.
+// One token's look-ups, by groups of 16 features; group j is at j * stride. row: offset of C[f, i] in a packed block whose
+// rows are W numbers, and where the curves of the group's features begin at begin[0] to begin[15].
 constexpr int GROUP = 16;
 template <class S>
-void find_rows(const S* x, const Layer<S>& layer, int FB, int W, int32_t* row, S* t, int64_t stride) {
+void find_rows(const S* x, const Layer<S>& layer, const int32_t* begin, int W, int32_t* row, S* t, int64_t stride) {
   constexpr int L = lanes<S>;
+  typedef typename Types<S>::ints32 ints32;
   for (int64_t f = 0; f < layer.F; f += L) {
     vec<S> xs, ts;
     typename Types<S>::ints i;
@@ -228,8 +230,7 @@ void find_rows(const S* x, const Layer<S>& layer, int FB, int W, int32_t* row, S
     }
     locate<S>(xs, layer, i, ts);
     int64_t at = f / GROUP * stride + f % GROUP;
-    for (int k = 0; k < L; k++) i[k] += (f + k) % FB * layer.N;
-    *(typename Types<S>::ints32*)(row + at) = __builtin_convertvector(i * W, typename Types<S>::ints32);
+    *(ints32*)(row + at) = __builtin_convertvector(i, ints32) * W + *(const ints32*)(begin + f % GROUP);
     *(vec<S>*)(t + at) = ts;
   }
 }
@@ -285,6 +286,13 @@ INLINE void pack(const T* rows, int64_t count, int64_t O, int width, S* to) {
   }
 }
 
+// How many tokens of a tile W wide to take at a time: what fills a fraction of the second-level cache, but enough to give
+// an interval some work (least), for which the third level is near enough, up to 4096.
+template <class S> int64_t tokens_in_cache(int W, int fraction, int64_t least) {
+  const int64_t fit = second_level_cache() / fraction / (W * sizeof(S));
+  return std::clamp<int64_t>(std::max(fit, std::min<int64_t>(least, 4096)), 128, 4096);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
@@ -302,13 +310,13 @@ void packed_forward(const Layer<S>& layer, const T* table, int64_t o0, const int
     // The next block's rows are fetched while the tokens of this one pass.
     const T* next = table + (f0 + FB) * N * O + o0;
     const int64_t rows_next = last ? 0 : std::min<int64_t>(FB, F - f0 - FB) * N;
-    int64_t fetched = 0;
+    int64_t fetched = 0, due = 0;
     const int64_t at = (f0 / GROUP * n + b0) * GROUP + f0 % GROUP;
     const int32_t* r = row + at;
     const S* ts = t + at;
     S* sum = y_tile;
     for (int64_t b = b0; b < b1; b++, r += GROUP, ts += GROUP, sum += W) {
-      for (const int64_t to = rows_next * (b - b0 + 1) / (b1 - b0); fetched < to; fetched++)
+      for (due += rows_next; due >= b1 - b0; due -= b1 - b0, fetched++)
         for (int o = 0; o < W; o += 64 / sizeof(T)) __builtin_prefetch(next + fetched * O + o, 0, 2);
       vec<S> acc[V], other[V];  // with few accumulators the latency of the additions would show: take two sets
       UNROLL for (int v = 0; v < V; v++) {
@@ -454,7 +462,7 @@ template <class S, class T> void forward(const Layer<S>& layer, const S* x, cons
   const int64_t B = layer.B, F = layer.F, O = layer.O, N = layer.N;
   const int threads = thread_count(2.0 * B * F * O);
 
-  if (B <= 8) {
+  if (B <= std::clamp<int64_t>(2 * N, 8, 256)) {  // measured: up to 2 N to 3 N tokens, at C = 128 and 768, N = 8 to 256
     const int64_t padded = (O + L - 1) / L * L + L;
     common.reserve(Scratch::room<S>(threads * B * padded));
     S* share = common.take<S>(threads * B * padded);
@@ -474,17 +482,14 @@ template <class S, class T> void forward(const Layer<S>& layer, const S* x, cons
   }
 
   // Threads share out tiles of outputs, or where there are too few, groups of tokens too. The estimate is in cycles.
-  static const char* env_sort = getenv("SORTN");
-  const bool sort = N > (env_sort ? atoi(env_sort) : 64);
-  static const char* env_v = getenv("FV");
-  const int64_t limit = std::clamp<int64_t>(second_level_cache() / 2 / (8 * L * sizeof(S)), 128, 1024);
+  const bool sort = N > 16;
+  const int64_t limit = tokens_in_cache<S>(8 * L, 2, sort ? 16 * N : 0);
   const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks;
   int V = 1;
   int64_t parts = 1;
   double best = 1e300;
   for (int v : TILES)
     for (int64_t p : {1, threads}) {
-      if (env_v && v != atoi(env_v)) continue;
       if (sort && p > 1) continue;
       const int64_t tasks = (O + v * L - 1) / (v * L) * p;
       const double cost = (tasks + threads - 1) / threads * (n_max / double(p) * (2.5 * v + 1.5) + 1.5 * N * v);
@@ -492,17 +497,17 @@ template <class S, class T> void forward(const Layer<S>& layer, const S* x, cons
     }
   const int64_t W = V * L, tiles = (O + W - 1) / W, groups = (F + GROUP - 1) / GROUP;
   int FB = GROUP;
-  static const char* env_fb = getenv("FBYTES");
-  const size_t room = env_fb ? atoi(env_fb) * 1024 : 24 * 1024;
+  const size_t room = 24 * 1024;  // of a first-level cache of 32 KB or more
   while (FB > 1 && FB * N * W * sizeof(S) > room) FB /= 2;
-  static const char* env_min = getenv("FBMIN");
-  if (env_min) FB = std::max(FB, atoi(env_min));
 
   const int64_t m = sorted_size(n_max), looked_up = sort ? F * m : groups * n_max * GROUP;
   common.reserve(Scratch::room<int32_t>(looked_up) + Scratch::room<S>(looked_up) + Scratch::room<int32_t>(F * (N + 1)));
   int32_t* row = common.take<int32_t>(looked_up);
   S* t = common.take<S>(looked_up);
   int32_t* start = common.take<int32_t>(F * (N + 1));
+
+  alignas(64) int32_t begin[GROUP];
+  for (int f = 0; f < GROUP; f++) begin[f] = f % FB * N * W;
 
 #pragma omp parallel num_threads(threads)
   {
@@ -519,7 +524,7 @@ template <class S, class T> void forward(const Layer<S>& layer, const S* x, cons
       } else {
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < n; b++)
-          find_rows(x + (b0 + b) * F, layer, FB, W, row + b * GROUP, t + b * GROUP, n * GROUP);
+          find_rows(x + (b0 + b) * F, layer, begin, W, row + b * GROUP, t + b * GROUP, n * GROUP);
       }
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < tiles * parts; task++) {
@@ -595,13 +600,12 @@ template <class S, class T> void backward(const Layer<S>& layer, const S* g, con
   const int64_t W = V * L, tiles = (O + W - 1) / W;
   // g is copied tile by tile, n_max tokens at a time: a block of a tile stays in the second-level cache while the
   // features pass. Passes keep the copy below 16 MB.
-  const int64_t limit = std::max<int64_t>(128, second_level_cache() / 2 / (W * sizeof(S)));
+  const int64_t limit = tokens_in_cache<S>(W, 4, 32 * N);
   const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks;
   const int64_t blocks_a_pass = std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(S)), 1, blocks);
   const int64_t FB = std::clamp<int64_t>(F / (4 * threads), 1, GROUP);
   const bool aligned = O * sizeof(S) % VECTOR_BYTES == 0;
-  static const char* env_st = getenv("NTMB");
-  const bool streamed = blocks == 1 && aligned && F * N * O * int64_t(sizeof(S)) >= (env_st ? atoi(env_st) : 4) << 20;
+  const bool streamed = blocks == 1 && aligned && F * N * O * int64_t(sizeof(S)) >= 4 << 20;
 
   common.reserve(Scratch::room<S>(blocks_a_pass * tiles * n_max * W));
   S* packed = common.take<S>(blocks_a_pass * tiles * n_max * W);
@@ -719,14 +723,37 @@ std::tuple<Tensor, Tensor> spline_backward(const Tensor& g_, const Tensor& x_, c
       dtable = at::zeros(table.sizes(), x.options());
       return;
     }
-    dtable = empty_gradient(table.scalar_type() == x.scalar_type() ? table : at::empty(table.sizes(), x.options()));
+    dtable = pooled(table.sizes(), x.options());
     backward<S, T>(layer, g.const_data_ptr<S>(), x.const_data_ptr<S>(), table.const_data_ptr<T>(), dx.data_ptr<S>(),
                    dtable.data_ptr<S>());
   });
   return {dx, dtable};
 }
 
+// How many threads a parallel region gets: 1 would mean that OpenMP was left out.
+int64_t threads() {
+  int64_t count = 1;
+#pragma omp parallel num_threads(at::get_num_threads())
+#pragma omp single
+  count = omp_get_num_threads();
+  return count;
+}
+
+std::string instruction_set() {
+#if defined(__AVX512BF16__)
+  return "AVX-512 with BF16";
+#elif defined(__AVX512F__)
+  return "AVX-512";
+#elif defined(__AVX2__)
+  return "AVX2";
+#else
+  return std::to_string(8 * VECTOR_BYTES) + "-bit vectors";
+#endif
+}
+
 TORCH_LIBRARY(splinegpt_cpu, m) {
+  m.def("threads() -> int", &threads);
+  m.def("instruction_set() -> str", &instruction_set);
   m.def("spline(Tensor x, Tensor table, float width) -> Tensor");
   m.def("spline_backward(Tensor g, Tensor x, Tensor table, float width) -> (Tensor, Tensor)");
 }

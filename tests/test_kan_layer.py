@@ -153,6 +153,9 @@ def test_float16_overflow_is_infinite_not_wild():
 
 
 def test_auto_takes_what_was_measured_to_be_fastest(monkeypatch):
+    assert {kan_layer.choose_impl("cpu", N, 768, training) for N in (2, 128) for training in (True, False)} == {"cpp"}
+    assert "auto (on cpu, 4,096 tokens: cpp in training, cpp in inference)" in repr(KANLayer(3, 3))
+    monkeypatch.setattr(kan_layer.kan_kernels, "available", lambda: False)
     mkl = torch.backends.mkl.is_available()
     for N, tokens, training, want in (
         (8, 768, True, "dense"),
@@ -344,7 +347,7 @@ def test_same_input_twice_is_bitwise_the_same():
         (dict(in_features=3, out_features=3, spline_width=-4.0), "spline_width must be a positive"),
         (dict(in_features=3, out_features=3, spline_width=math.nan), "spline_width must be a positive"),
         (dict(in_features=3, out_features=3, init="xavier"), "random_normal, identity, zero, got 'xavier'"),
-        (dict(in_features=3, out_features=3, impl="magic"), "auto, embedding_bag, .*got 'magic'"),
+        (dict(in_features=3, out_features=3, impl="magic"), "auto, cpp, embedding_bag, .*got 'magic'"),
         (dict(in_features=3, out_features=2, init="identity"), "in_features == out_features"),
     ],
 )

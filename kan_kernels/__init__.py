@@ -1,0 +1,165 @@
+"""The spline layer's compiled kernels. For now one pair, for CPUs: spline.cpp, built where it runs.
+
+Built on first use (about 20 seconds, once) or ahead of it with `python -m kan_kernels`, and kept in
+$SPLINEGPT_CACHE, by default ~/.cache/splinegpt, under a name that changes with the source, the compiler, the CPU and
+PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX names.
+
+    spline(x, table, spline_width) -> y       x (B, F), table (F, N, O), y (B, O); has a gradient, compiles and exports
+
+x and table are both float32 or both float64; a bfloat16 table may come with a float32 x. All sums are in x's type.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("spline.cpp")
+# Products and sums may be fused, errno and floating-point traps are nobody's concern; NaN and infinities are kept.
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
+FLAGS += ["-fopenmp", "-Wno-psabi"]
+
+
+def compiler():
+    """The compiler's command as a list, or None."""
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        command = shlex.split(name)
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def cache_folder():
+    return Path(os.environ.get("SPLINEGPT_CACHE") or Path.home() / ".cache" / "splinegpt")
+
+
+def cpu():
+    """What -march=native depends on."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor()
+
+
+def library(command):
+    """Where the library built by this compiler for this machine belongs."""
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = (SOURCE.read_text(), FLAGS, command, version, platform.machine(), cpu(), torch.__version__)
+    return cache_folder() / f"spline-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
+
+
+@contextlib.contextmanager
+def one_at_a_time(path):
+    """Eight processes of one node start together and should compile once. The lock goes with its process."""
+    with open(path, "w") as file:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build():
+    """Compile if need be and return the library's path. Raises RuntimeError saying what is missing or went wrong."""
+    command = compiler()
+    if command is None:
+        raise RuntimeError("no C++ compiler found: install g++ or clang++, or name one in $CXX")
+    try:
+        target = library(command)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(target.parent / "lock"):
+            if not target.exists():
+                compile_to(target, command)
+        return target
+    except OSError as error:
+        raise RuntimeError(
+            f"can't write to {cache_folder()}: {error}; name another folder in $SPLINEGPT_CACHE"
+        ) from error
+
+
+def compile_to(target, command):
+    start = time.perf_counter()
+    print("compiling the CPU kernels of the spline layer, once, about 20 seconds ...", file=sys.stderr, flush=True)
+    root = Path(torch.__file__).parent
+    includes = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
+    # PyTorch's own OpenMP library, where it brings one: with two of them, two sets of threads would fight for the cores.
+    openmp = [str(path) for path in sorted((root / "lib").glob("libgomp*.so*"))] or ["-fopenmp"]
+    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *openmp]
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
+        for step in (
+            [*command, *FLAGS, *includes, "-c", str(SOURCE), "-o", f"{unfinished}.o"],
+            [*command, "-shared", f"{unfinished}.o", "-o", str(unfinished), *libraries],
+        ):
+            done = subprocess.run(step, capture_output=True, text=True, check=False)
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+                raise RuntimeError(f"{command[0]} failed: {' | '.join(line.strip() for line in lines[:2])[:400]}")
+        os.replace(unfinished, target)
+    finally:
+        for leftover in (unfinished, Path(f"{unfinished}.o")):
+            leftover.unlink(missing_ok=True)
+    print(f"compiled in {time.perf_counter() - start:.0f} s: {target}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def load():
+    """Build and load the kernels; returns None, or the reason why there are none as a string. Never raises."""
+    try:
+        torch.ops.load_library(build())
+    except (RuntimeError, OSError) as error:
+        return str(error)
+    ops = torch.ops.splinegpt_cpu
+
+    @torch.library.register_fake("splinegpt_cpu::spline")
+    def _(x, table, spline_width):
+        return x.new_empty(x.shape[0], table.shape[2])
+
+    @torch.library.register_fake("splinegpt_cpu::spline_backward")
+    def _(g, x, table, spline_width):
+        return torch.empty_like(x), torch.empty_like(table, dtype=x.dtype)
+
+    def setup(ctx, inputs, output):
+        x, table, ctx.spline_width = inputs
+        ctx.save_for_backward(x, table)
+
+    def backward(ctx, g):
+        x, table = ctx.saved_tensors
+        grad_x, grad_table = ops.spline_backward(g, x, table, ctx.spline_width)
+        return grad_x, grad_table.to(table.dtype), None
+
+    def twice(ctx, *_):
+        raise RuntimeError("impl='cpp' has no second derivatives; impl='dense' has")
+
+    torch.library.register_autograd("splinegpt_cpu::spline", backward, setup_context=setup)
+    torch.library.register_autograd("splinegpt_cpu::spline_backward", twice)
+    return None
+
+
+@functools.cache
+def warn_once(reason):
+    warnings.warn(f"the spline layer's fast CPU kernels are not used, PyTorch's operators are: {reason}", stacklevel=2)
+
+
+@torch.compiler.assume_constant_result
+def available():
+    """Whether the kernels can be used here; if not, says why, once."""
+    reason = load()
+    if reason is not None:
+        warn_once(reason)
+    return reason is None
+
+
+def spline(x, table, spline_width):
+    return torch.ops.splinegpt_cpu.spline(x, table, spline_width)

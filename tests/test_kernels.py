@@ -1,0 +1,243 @@
+"""The C++ kernels (kan_kernels/) at the shapes where they change their ways, and how they are built."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kan_layer import assert_matches_reference
+
+import kan_kernels
+from kan_layer import KANLayer
+
+ROOT = Path(__file__).parent.parent
+THREADS = torch.get_num_threads()
+
+assert kan_kernels.available()
+ops = torch.ops.splinegpt_cpu
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(THREADS)
+
+
+def make(B, F, N, O, dtype=torch.float32, width=4.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    layer = KANLayer(F, O, num_control_points=N, spline_width=width, impl="cpp", dtype=dtype)
+    layer.kan_weight.data.copy_(torch.randn(F, N, O, generator=generator))
+    x = (torch.randn(B, F, generator=generator) * 1.5).to(dtype)
+    return layer, x, torch.randn(B, O, generator=generator).to(dtype)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    B=st.sampled_from([1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 40, 63, 64, 65, 100]),
+    F=st.one_of(st.integers(1, 5), st.sampled_from([15, 16, 17, 33])),
+    N=st.one_of(st.integers(2, 20), st.sampled_from([31, 32, 33, 64, 130])),
+    O=st.one_of(st.integers(1, 300), st.sampled_from([16, 32, 64, 96, 128, 192, 256])),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    width=st.sampled_from([0.7, 4.0, 9.0]),
+    threads=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_matches_the_reference(B, F, N, O, dtype, width, threads, seed):
+    B = max(1, min(B, 400 // F))  # the reference is slow
+    torch.set_num_threads(threads)
+    try:
+        assert_matches_reference(*make(B, F, N, O, dtype, width, seed))
+    finally:
+        torch.set_num_threads(THREADS)
+
+
+# One case for each way through the code, large enough for two threads to share it out.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "B, F, N, O",
+    [
+        (3, 60, 8, 70),  # direct: few tokens, features shared out
+        (90, 20, 8, 200),  # packed: tiles of outputs shared out
+        (300, 9, 5, 33),  # packed: one tile, tokens shared out
+        (120, 16, 40, 150),  # sorted
+        (2600, 1, 4, 40),  # packed, several blocks of tokens
+        (4500, 1, 20, 40),  # sorted, several blocks of tokens, the last shorter
+        (1, 1, 2, 1),
+    ],
+)
+def test_every_path_matches_the_reference(B, F, N, O, dtype, threads):
+    assert_matches_reference(*make(B, F, N, O, dtype))
+
+
+def gradients(layer, x, g):
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    return [y.detach(), *torch.autograd.grad(y, (x, layer.kan_weight), g)]
+
+
+def test_the_same_whatever_else_happens(threads):
+    """Bitwise the same every time, whatever an earlier call left behind in scratch memory and recycled gradients."""
+    layer, x, g = make(700, 64, 8, 1000)  # 2 MB of gradient: recycled
+    first = gradients(layer, x, g)
+    for N in (40, 2, 8):
+        other, a, b = make(700, 64, N, 1000, seed=1)
+        gradients(other, a * float("nan"), b)
+    for a, b in zip(first, gradients(layer, x, g), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads():
+    layer, x, g = make(700, 64, 8, 200)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(gradients(layer, x, g)[1:])
+    torch.set_num_threads(THREADS)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_are_separate_tensors():
+    """Recycled memory never serves two tensors that are alive."""
+    layer, x, g = make(64, 64, 8, 1000)
+    kept = [gradients(layer, x, g * k)[2] for k in (1, 2, 4)]
+    assert len({t.data_ptr() for t in kept}) == 3
+    assert torch.equal(kept[1], kept[0] * 2) and torch.equal(kept[2], kept[0] * 4)
+
+
+def test_openmp_is_on(threads):
+    assert ops.threads() == threads
+
+
+def test_any_strides():
+    layer, x, g = make(40, 12, 8, 30)
+    want = gradients(layer, x, g)
+    layer.kan_weight.data = layer.kan_weight.data.transpose(0, 2).contiguous().transpose(0, 2)
+    got = gradients(layer, x.t().contiguous().t(), g.t().contiguous().t())
+    for a, b in zip(want, got, strict=True):
+        assert torch.equal(a, b)
+    y = layer(x.clone().requires_grad_())
+    y.sum().backward()  # the gradient of a sum is one number, expanded
+
+
+@pytest.mark.parametrize(
+    "x_dtype, table_dtype", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.float32, torch.bfloat16)]
+)
+def test_well_formed_operators(x_dtype, table_dtype):
+    x = torch.randn(40, 3, dtype=x_dtype, requires_grad=True)
+    table = torch.randn(3, 5, 2).to(table_dtype).requires_grad_()
+    torch.library.opcheck(ops.spline.default, (x, table, 4.0))
+    g = torch.randn(40, 2, dtype=x_dtype)
+    torch.library.opcheck(ops.spline_backward.default, (g, x.detach(), table.detach(), 4.0))
+
+
+def test_exports():
+    layer = KANLayer(6, 5, num_control_points=8)
+    exported = torch.export.export(layer, (torch.randn(30, 6),), dynamic_shapes=({0: torch.export.Dim("tokens")},))
+    x = torch.randn(77, 6)
+    assert "splinegpt_cpu.spline" in str(exported.graph) and torch.equal(exported.module()(x), layer(x))
+
+
+def test_saves_only_x():
+    layer, x, _ = make(50, 16, 8, 40)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x.requires_grad_())
+    assert sum(t.numel() for t in saved if t.data_ptr() != layer.kan_weight.data_ptr()) <= x.numel()
+
+
+def test_no_second_derivatives():
+    layer, x, _ = make(4, 3, 8, 2)
+    (grad,) = torch.autograd.grad(layer(x.requires_grad_()).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="impl='dense' has"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.zeros(2, 3), torch.zeros(4, 5, 6), 4.0), r"must be \(B, F\) and the table \(F, N, O\)"),
+        ((torch.zeros(2, 3), torch.zeros(3, 1, 6), 4.0), "N >= 2"),
+        ((torch.zeros(2, 3), torch.zeros(3, 5, 6).half(), 4.0), "float32 and bfloat16, got Float and Half"),
+    ],
+)
+def test_operators_say_what_is_wrong(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.spline(*arguments)
+
+
+def test_off_the_cpu_is_an_error():
+    with pytest.raises(ValueError, match="impl='cpp' needs a CPU"):
+        KANLayer(3, 3, impl="cpp", device="meta")(torch.zeros(2, 3, device="meta"))
+
+
+# Building -------------------------------------------------------------------------------------------------------------
+
+USE = """
+import torch, warnings
+from kan_layer import KANLayer
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        y = KANLayer(8, 8)(torch.randn(40, 8))
+print(y.shape, [str(w.message) for w in caught if "spline" in str(w.message)])
+"""
+
+
+def python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize(
+    "environment, reason",
+    [
+        ({"CXX": "", "PATH": ""}, "no C++ compiler found"),
+        ({"CXX": "false"}, "false failed"),
+        ({"SPLINEGPT_CACHE": "/dev/null/cache"}, "can't write to /dev/null/cache"),
+    ],
+)
+def test_without_kernels_one_warning_and_the_operators_of_pytorch(environment, reason, tmp_path):
+    environment = {"SPLINEGPT_CACHE": str(tmp_path), **environment}
+    done = python("-c", USE, **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fast CPU kernels are not used") == 1 and reason in done.stdout
+    done = python("-m", "kan_kernels", **environment)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and reason in done.stderr
+    assert not [path for path in tmp_path.iterdir() if path.name != "lock"]
+
+
+def test_built_once_and_found_again():
+    done = python("-m", "kan_kernels")
+    assert done.returncode == 0 and done.stderr == "" and "threads" in done.stdout
+    path = kan_kernels.build()
+    assert path.exists() and kan_kernels.build() == path
+
+
+def test_another_cpu_or_compiler_is_another_build(monkeypatch):
+    command = kan_kernels.compiler()
+    here = kan_kernels.library(command)
+    monkeypatch.setattr(kan_kernels, "cpu", lambda: "flags: none")
+    assert kan_kernels.library(command) != here
+
+
+def test_importing_builds_nothing(tmp_path):
+    done = python("-c", "import kan_layer, kan_kernels", SPLINEGPT_CACHE=str(tmp_path))
+    assert done.returncode == 0 and not list(tmp_path.iterdir())
+
+
+def test_a_numpy_reference_is_not_the_only_witness():
+    """At a size where both cores and all blocks are busy, against dense float64 (itself held to the reference)."""
+    layer, x, g = make(3000, 130, 9, 150)
+    exact = KANLayer(130, 150, num_control_points=9, impl="dense", dtype=torch.float64)
+    exact.kan_weight.data.copy_(layer.kan_weight)
+    for a, b in zip(gradients(layer, x, g), gradients(exact, x.double(), g.double()), strict=True):
+        off = (a.double() - b).abs() / b.abs().max()
+        assert np.quantile(off.detach().numpy(), 0.999) < 1e-5  # a knot or two may fall on the other side
