@@ -93,7 +93,7 @@ def compile_to(target, command):
     print("compiling the CPU kernels of the spline layer, once, about 20 seconds ...", file=sys.stderr, flush=True)
     root = Path(torch.__file__).parent
     includes = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
-    # PyTorch's own OpenMP library, where it brings one: with two of them, two sets of threads would fight for the cores.
+    # PyTorch's own OpenMP library, where it brings one: with two of them, two sets of threads would fight for cores.
     openmp = [str(path) for path in sorted((root / "lib").glob("libgomp*.so*"))] or ["-fopenmp"]
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *openmp]
     unfinished = target.with_name(f"{target.name}.{os.getpid()}")

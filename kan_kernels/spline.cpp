@@ -122,19 +122,37 @@ template <class S, int n = lanes<S>> INLINE vec<S> sums(const vec<S>* p) {
   else return add_pairs<S>(sums<S, n / 2>(p), sums<S, n / 2>(p + n / 2), std::make_index_sequence<lanes<S>>());
 }
 
+// Memory in huge pages, if the system has some to give: tokens are visited in any order, and a core knows the addresses of
+// some seventy pages at a time.
+void* allocate(size_t bytes) {
+  constexpr size_t page = 1 << 21;
+  const size_t alignment = bytes < page / 8 ? 4096 : page;
+  bytes = (bytes + alignment - 1) / alignment * alignment;
+  void* p = aligned_alloc(alignment, bytes);
+  if (!p) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (alignment == page) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+  return p;
+}
+
 // A thread's working memory, kept from call to call: to map fresh pages would take longer than the layer itself.
 struct Scratch {
   char* memory = nullptr;
   size_t size = 0, used = 0;
   ~Scratch() { free(memory); }
+  void release() {
+    free(memory);
+    memory = nullptr, size = 0;
+  }
   template <class T> static size_t room(size_t n) { return (n * sizeof(T) + 63) / 64 * 64 + 64; }
   void reserve(size_t bytes) {
     used = 0;
     if (bytes <= size) return;
     free(memory);
-    size = (bytes + 4095) / 4096 * 4096;
-    memory = (char*)aligned_alloc(4096, size);
-    if (!memory) { size = 0; throw std::bad_alloc(); }
+    memory = nullptr, size = 0;
+    memory = (char*)allocate(bytes);
+    size = bytes;
   }
   template <class T> T* take(size_t n) {
     T* p = (T*)(memory + used);
@@ -147,7 +165,7 @@ thread_local Scratch common;  // of the calling thread, for what all threads sha
 
 // Gradients of large tables. The C library gives memory of that size back to the system and fetches it again at every
 // step, page by page: 18 ms for the 75 MB of a 384 to 384 layer at N = 128, three times its whole backward. So freed
-// ones are kept, up to 1 GB, and huge pages asked for.
+// ones are kept, up to 1 GB.
 struct Pool {
   static constexpr size_t least = 1 << 20, most = 1 << 30;
   std::mutex mutex;
@@ -165,12 +183,7 @@ struct Pool {
           return p;
         }
     }
-    void* p = aligned_alloc(1 << 21, (bytes + (1 << 21) - 1) >> 21 << 21);
-    if (!p) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-    return p;
+    return allocate(bytes);
   }
   void put(void* p, size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex);
@@ -180,11 +193,23 @@ struct Pool {
   }
 };
 
+Pool* pool = new Pool;  // never destroyed: tensors may outlive everything else
+
 Tensor pooled(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  static Pool* pool = new Pool;  // never destroyed: tensors may outlive everything else
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
   if (bytes < Pool::least) return at::empty(sizes, options);
   return at::from_blob(pool->get(bytes), sizes, [bytes](void* p) { pool->put(p, bytes); }, options);
+}
+
+// Gives back what is kept between calls.
+void release_memory() {
+#pragma omp parallel num_threads(at::get_num_threads())
+  own.release();
+  common.release();
+  std::lock_guard<std::mutex> lock(pool->mutex);
+  for (auto& block : pool->free_blocks) free(block.first);
+  pool->free_blocks.clear();
+  pool->held = 0;
 }
 
 size_t second_level_cache() {
@@ -754,6 +779,7 @@ std::string instruction_set() {
 TORCH_LIBRARY(splinegpt_cpu, m) {
   m.def("threads() -> int", &threads);
   m.def("instruction_set() -> str", &instruction_set);
+  m.def("release_memory() -> ()", &release_memory);
   m.def("spline(Tensor x, Tensor table, float width) -> Tensor");
   m.def("spline_backward(Tensor g, Tensor x, Tensor table, float width) -> (Tensor, Tensor)");
 }

@@ -1,0 +1,534 @@
+"""How fast is the spline layer, and against what? Every number is the best of several, all contenders taking turns.
+
+    python bench.py                       the layer against other spline layers and the MLP of equal parameters
+    python bench.py --tokens 768 --features 384 --points 8 32 128        some of the shapes
+    python bench.py --against_n           its own cost from N = 8 to 256
+    python bench.py --model               training steps and sampling of the small GPT, spline against MLP
+    python bench.py --kan_benchmarking    that project's setting: batch 100, 1000 -> 1000 -> 1, 10 million parameters
+
+Prints Markdown tables and writes the same to --out as JSON. Times are milliseconds; only ratios of one run mean
+anything elsewhere: the machine's speed drifts, so a matrix product is timed in the same rounds and shares refer to it.
+
+fwd: forward without gradients. fwd+bwd: forward and backward, gradients of input and parameters. MB: what a forward and
+backward adds to the process's memory at its peak. Inputs are unit-normal; with few tokens every call gets other ones,
+or else they would find their rows of the table in the cache.
+
+Other libraries are used where they are installed: kanditioned, inkan and flashkan from PyPI; efficient-kan, fast-kan
+and pykan for whoever has them. Theirs are cubic or Gaussian; the grid is chosen to give as many parameters as ours.
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import cli
+import kan_kernels
+from kan_layer import KANLayer
+
+MOST_MEMORY = 6e9  # bytes a contender may need by arithmetic; else it is skipped with a line
+
+
+@dataclass
+class Options:
+    features: tuple[int, ...] = (128, 384, 768)  # C of layers C to C
+    points: tuple[int, ...] = (8, 32, 128)  # control points N
+    tokens: tuple[int, ...] = (1, 8, 768, 4096)
+    only: tuple[str, ...] = ()  # contenders whose name begins so; ours and the matrix product always run
+    seconds: float = 1.0  # of calls for each contender and shape
+    against_n: bool = False
+    model: bool = False
+    nanogpt: str = ""  # a clone of nanoGPT, to sample from its model in --model
+    kan_benchmarking: bool = False
+    out: str = "out/bench.json"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Contenders
+
+
+class MLP(nn.Module):
+    """The MLP that has as many parameters as a C to C layer of N control points."""
+
+    def __init__(self, inputs, hidden, outputs):
+        super().__init__()
+        self.fc, self.proj = nn.Linear(inputs, hidden, bias=False), nn.Linear(hidden, outputs, bias=False)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x)))
+
+
+def kanditioned(impl):
+    def make(inputs, outputs, N):
+        from KANditioned import KANLayer as Theirs
+
+        layer = Theirs(inputs, outputs, init="random_normal", num_control_points=N, impl=impl)
+        if impl == "sparse_matmul_csr":  # as released it raises: its table has three dimensions
+            layer.kan_weight = nn.Parameter(layer.kan_weight.detach().flatten(0, 1))
+        return layer
+
+    return make
+
+
+def inkan(inputs, outputs, N):
+    from inkan import KANLayer as Theirs
+
+    return Theirs(inputs, outputs, grid_size=N - 4)  # cubic: N - 1 coefficients and one base weight an edge
+
+
+def flashkan(inputs, outputs, N):
+    from flashkan import KANLayer as Theirs
+
+    return Theirs(inputs, outputs, grid_size=N - 4)
+
+
+def efficient_kan(inputs, outputs, N):
+    from efficient_kan import KANLinear
+
+    return KANLinear(inputs, outputs, grid_size=N - 5, spline_order=3)
+
+
+def fast_kan(inputs, outputs, N):
+    from fastkan import FastKANLayer
+
+    return FastKANLayer(inputs, outputs, num_grids=N - 1)
+
+
+def pykan(inputs, outputs, N):
+    from kan import KANLayer as Theirs
+
+    layer = Theirs(inputs, outputs, num=N - 5, k=3)
+    forward = layer.forward
+    layer.forward = lambda x: forward(x)[0]
+    return layer
+
+
+def compiled(module):
+    torch._dynamo.reset()  # a graph of its own for every shape
+    return torch.compile(module)
+
+
+# name: (package, how to make it of inputs, outputs and N, floats it holds at once for B tokens by its own source)
+CONTENDERS = {
+    "splinegpt": (None, lambda i, o, N: KANLayer(i, o, num_control_points=N), None),
+    "kanditioned embedding_bag": ("KANditioned", kanditioned("embedding_bag"), None),
+    "kanditioned embedding": ("KANditioned", kanditioned("embedding"), lambda B, i, o, N: 4 * B * i * o),
+    "kanditioned csr, mended": ("KANditioned", kanditioned("sparse_matmul_csr"), None),
+    "inkan": ("inkan", inkan, lambda B, i, o, N: 8 * B * i * N),
+    "flashkan": ("flashkan", flashkan, lambda B, i, o, N: 12 * B * i * N),
+    "efficient-kan": ("efficient_kan", efficient_kan, lambda B, i, o, N: 12 * B * i * N),
+    "fast-kan": ("fastkan", fast_kan, lambda B, i, o, N: 6 * B * i * N),
+    "pykan": ("kan", pykan, lambda B, i, o, N: 8 * B * i * o),
+    "MLP": (None, lambda i, o, N: MLP(i, i * o * N // (i + o), o), None),
+    "MLP compiled": (None, lambda i, o, N: compiled(MLP(i, i * o * N // (i + o), o)), None),
+    "nn.Linear": (None, lambda i, o, N: nn.Linear(i, o, bias=False), None),
+}
+missing = set()
+
+
+def installed(name):
+    package = CONTENDERS[name][0]
+    if package is None or importlib.util.find_spec(package):
+        return True
+    if name not in missing:
+        missing.add(name)
+        print(f"{name}: not installed, left out", flush=True)
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def memory(field):
+    """A field of /proc/self/status in bytes; nan where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return math.nan
+
+
+def added_memory(call):
+    """Bytes that the process grows by during a call, at the peak, with nothing kept from earlier calls."""
+    gc.collect()
+    if kan_kernels.load() is None:
+        torch.ops.splinegpt_cpu.release_memory()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = memory("VmRSS")
+    call()
+    return memory("VmHWM") - before
+
+
+class Timer:
+    """One contender at one shape: its forward and its forward with backward, whenever its turn comes."""
+
+    def __init__(self, module, inputs, outputs, tokens, input_gradient=True):
+        count = max(1, min(64, 4096 // tokens // 8))
+        self.xs = [torch.randn(tokens, inputs) for _ in range(count)]
+        self.module, self.input_gradient = module, input_gradient
+        self.g = torch.randn(tokens, outputs)
+        self.fwd = self.both = self.bwd = math.inf
+        self.spent, self.turns = 0.0, 0
+        self.forward(), self.forward_backward()  # compiles, allocates
+        self.fwd = self.both = self.bwd = math.inf
+        self.bytes = added_memory(self.forward_backward)
+        self.forward(), self.forward_backward()
+
+    def forward(self):
+        with torch.no_grad():
+            start = time.perf_counter()
+            for x in self.xs:
+                self.module(x)
+            self.fwd = min(self.fwd, (time.perf_counter() - start) / len(self.xs))
+
+    def forward_backward(self):
+        both = bwd = 0.0
+        for x in self.xs[:8]:
+            x.grad = None
+            x.requires_grad_(self.input_gradient)
+            for p in self.module.parameters():
+                p.grad = None
+            start = time.perf_counter()
+            y = self.module(x)
+            middle = time.perf_counter()
+            y.backward(self.g)
+            end = time.perf_counter()
+            both, bwd = both + end - start, bwd + end - middle
+            x.requires_grad_(False)
+        turns = min(8, len(self.xs))
+        self.both, self.bwd = min(self.both, both / turns), min(self.bwd, bwd / turns)
+
+    def turn(self, seconds):
+        """Measure once more, unless the time is used up; returns whether it did."""
+        if self.spent > seconds and self.turns >= 2:
+            return False
+        start = time.perf_counter()
+        for _ in range(3):  # the first of a turn finds the caches full of the others' data
+            self.forward()
+        for _ in range(3):
+            self.forward_backward()
+        self.spent, self.turns = self.spent + time.perf_counter() - start, self.turns + 1
+        return self.turns < 200
+
+
+class Gemm:
+    """The machine's rate for a matrix product, in the same turns."""
+
+    def __init__(self):
+        self.a, self.b, self.out, self.fwd = *torch.randn(2, 1024, 1024), torch.empty(1024, 1024), math.inf
+
+    def turn(self, seconds):
+        start = time.perf_counter()
+        torch.mm(self.a, self.b, out=self.out)
+        self.fwd = min(self.fwd, time.perf_counter() - start)
+        return False
+
+    @property
+    def flops(self):
+        return 2 * 1024**3 / self.fwd
+
+
+def take_turns(timers, seconds):
+    while sum(timer.turn(seconds) for timer in timers):
+        pass
+
+
+def measure(tokens, inputs, outputs, N, options, **timing):
+    """{name: Timer} and the matrix product's Gemm for one shape."""
+    timers = {}
+    for name, (_, make, floats) in CONTENDERS.items():
+        wanted = not options.only or name == "splinegpt" or name.startswith(options.only)
+        if not wanted or not installed(name) or (name == "inkan" and N < 5):
+            continue
+        if name == "MLP compiled" and tokens < 768:  # one call of the compiled code costs as much as the product
+            continue
+        needed = 4 * (floats(tokens, inputs, outputs, N) if floats else 0)
+        if needed > MOST_MEMORY:
+            print(f"{name}: left out at {tokens} x {inputs} -> {outputs}, N = {N}: it holds {needed / 1e9:.0f} GB")
+            continue
+        torch.manual_seed(0)
+        timers[name] = Timer(make(inputs, outputs, N), inputs, outputs, tokens, **timing)
+    gemm = Gemm()
+    take_turns([*timers.values(), gemm], options.seconds)
+    return timers, gemm
+
+
+def number(x):
+    return "-" if not math.isfinite(x) else f"{x:.3f}" if x < 1 else f"{x:.2f}" if x < 100 else f"{x:.0f}"
+
+
+def table(header, rows):
+    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(number(x) if isinstance(x, float) else str(x) for x in row) + " |")
+    print(flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def layers(options):
+    records, summary = [], []
+    for C in options.features:
+        for N in options.points:
+            for tokens in options.tokens:
+                timers, gemm = measure(tokens, C, C, N, options)
+                ours = timers["splinegpt"]
+                rows = []
+                for name, t in timers.items():
+                    rows.append((name, t.fwd * 1e3, t.both * 1e3, t.both / ours.both, t.bytes / 1e6))
+                    records.append(
+                        dict(name=name, tokens=tokens, C=C, N=N, fwd=t.fwd, fwd_bwd=t.both, bwd=t.bwd, bytes=t.bytes)
+                    )
+                print(f"{tokens} tokens, {C} to {C}, N = {N}; matrix product {gemm.flops / 1e9:.0f} GFLOP/s")
+                table(("", "fwd", "fwd+bwd", "times ours", "MB"), rows)
+                best = {
+                    kind: min((t.both for n, t in timers.items() if n.startswith(kind)), default=math.nan)
+                    for kind in ("kanditioned", "MLP")
+                }
+                mlp_fwd = min((t.fwd for n, t in timers.items() if n.startswith("MLP")), default=math.nan)
+                work = 2 * tokens * C * C / gemm.flops
+                ratios = best["kanditioned"] / ours.both, best["MLP"] / ours.both, mlp_fwd / ours.fwd
+                summary.append((tokens, C, N, *ratios, 2 * work / ours.fwd, 3 * work / ours.bwd))
+    print(
+        "Times faster than the best of each, and share of the matrix product's rate (4*F*O flops a token, 6 backward)"
+    )
+    header = ("tokens", "C", "N", "kanditioned fwd+bwd", "MLP fwd+bwd", "MLP fwd", "share fwd", "share bwd")
+    table(header, summary)
+    return records, dict(summary=[dict(zip(header, row, strict=True)) for row in summary])
+
+
+def against_n(options):
+    """fwd+bwd from N = 8 to 256, 384 to 384, beside the larger of its compute and of its traffic."""
+    source, target = torch.randn(25_000_000), torch.empty(25_000_000)
+    rows = []
+    alone = replace(options, only=("splinegpt",))
+    for tokens in (768, 4096):
+        first = None
+        for N in (8, 16, 32, 64, 128, 256):
+            timers, gemm = measure(tokens, 384, 384, N, alone)
+            copy = min(timed(lambda: target.copy_(source)) for _ in range(5))
+            both = timers["splinegpt"].both
+            first = first or both
+            compute = 10 * 384 * 384 * tokens / gemm.flops
+            traffic = 3 * 4 * N * 384 * 384 / (2 * 4 * source.numel() / copy)  # read twice, its gradient written
+            rows.append(
+                (tokens, N, both * 1e3, both / first, compute * 1e3, traffic * 1e3, both / max(compute, traffic))
+            )
+    header = ("tokens", "N", "fwd+bwd", "times N = 8", "compute", "traffic", "times the larger")
+    table(header, rows)
+    return [dict(zip(header, row, strict=True)) for row in rows], {}
+
+
+def timed(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class Step:
+    """A whole training step of a configuration: forward, backward, clipping, optimizer."""
+
+    def __init__(self, config_file, **changes):
+        import train
+        from model import GPT, GPTConfig
+
+        known = train.TrainConfig.__dataclass_fields__
+        arguments = cli.read_toml(Path(__file__).parent / "configs" / config_file, known)
+        arguments += [f"--{key}={value}" for key, value in changes.items()]
+        self.config = cli.parse(train.TrainConfig, arguments)
+        shared = {f: getattr(self.config, f) for f in GPTConfig.__dataclass_fields__ if hasattr(self.config, f)}
+        torch.manual_seed(0)
+        self.model = GPT(GPTConfig(**{**shared, "vocab_size": 65}))
+        self.optimizers = train.make_optimizers(self.model, self.config, torch.device("cpu"))
+        groups = self.model.parameter_groups()
+        self.tables, self.clip = groups.pop("tables"), train.clip
+        self.others = sum(groups.values(), [])
+        T = self.config.block_size
+        self.windows = torch.randint(65, (self.config.batch_tokens // T, T + 1))
+        self.parts = dict.fromkeys(("step", "forward", "backward", "optimizer"), math.inf)
+        self.bytes = math.nan
+        self.run()
+        self.bytes = added_memory(self.run)
+
+    def run(self):
+        marks = [time.perf_counter()]
+        loss = self.model(self.windows[:, :-1], self.windows[:, 1:])[1]
+        marks.append(time.perf_counter())
+        loss.backward()
+        marks.append(time.perf_counter())
+        self.clip(self.others, self.config.grad_clip), self.clip(self.tables, self.config.table_grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        marks.append(time.perf_counter())
+        spans = [marks[-1] - marks[0], *(b - a for a, b in itertools.pairwise(marks))]
+        self.parts = {name: min(old, new) for (name, old), new in zip(self.parts.items(), spans, strict=True)}
+
+
+def saved_bytes(block, C):
+    """Bytes of activations that a block's normalisation and MLP or KAN keep for the backward, for one token."""
+    x, kept = torch.randn(64, C, requires_grad=True), {}
+    weights = {p.data_ptr() for p in block.parameters()}
+
+    def pack(t):
+        if t.data_ptr() not in weights:
+            kept[t.data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        block.mlp(block.ln_2(x))
+    return sum(kept.values()) / 64
+
+
+def models(options):
+    steps = {
+        "KAN, N = 8": Step("shakespeare_char_cpu_kan.toml"),
+        "KAN, N = 32": Step("shakespeare_char_cpu_kan.toml", kan_control_points=32),
+        "gelu MLP": Step("shakespeare_char_cpu_mlp.toml"),
+        "swiglu MLP": Step("shakespeare_char_cpu_mlp.toml", mlp="swiglu"),
+    }
+    start = time.perf_counter()
+    while time.perf_counter() - start < 30 * options.seconds:
+        for step in steps.values():
+            step.run()
+    rows, mlp = [], steps["gelu MLP"]
+    for name, step in steps.items():
+        saved = saved_bytes(step.model.transformer.h[0], step.config.n_embd)
+        milliseconds = [part * 1e3 for part in step.parts.values()]
+        rows.append((name, *milliseconds, mlp.parts["step"] / step.parts["step"], step.bytes / 1e6, f"{saved:.0f}"))
+    print("A training step of the CPU Shakespeare pair: 768 tokens, 4 layers, 128 wide")
+    header = ("", "step", "forward", "backward", "clip + AdamW", "gelu / it", "MB", "saved bytes a token, one block")
+    table(header, rows)
+    records = [dict(zip(("name", *header[1:]), row, strict=True)) for row in rows]
+    return records, dict(sampling=sampling(options))
+
+
+def sampling(options):
+    """Tokens a second, one sequence of 500 tokens, at the sizes of nanoGPT's two character models."""
+    from model import GPT, GPTConfig
+
+    rows = []
+    for n_layer, n_head, n_embd, block_size in ((4, 4, 128, 64), (6, 6, 384, 256)):
+        size = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, vocab_size=65)
+        runs = {}
+        for name, changes in (
+            ("KAN, N = 8", dict(mlp="kan", kan_control_points=8)),
+            ("KAN, N = 32", dict(mlp="kan", kan_control_points=32)),
+            ("gelu MLP", dict(mlp="gelu")),
+        ):
+            model = GPT(GPTConfig(**size, **changes))
+            for cache in (True, False):
+                runs[name + ("" if cache else ", no cache")] = lambda model=model, cache=cache: model.generate(
+                    torch.zeros(1, 1, dtype=torch.long), 500, temperature=0.8, top_k=200, seed=0, use_cache=cache
+                )
+        if options.nanogpt:
+            theirs = nanogpt(options.nanogpt, size)
+
+            def run(theirs=theirs):
+                with torch.no_grad():
+                    theirs.generate(torch.zeros(1, 1, dtype=torch.long), 500, temperature=0.8, top_k=200)
+
+            runs["nanoGPT"] = run
+        best = dict.fromkeys(runs, math.inf)
+        for _ in range(3):
+            for name, run in runs.items():
+                best[name] = min(best[name], timed(run))
+        base = best.get("nanoGPT", best["gelu MLP, no cache"])
+        rows += [(f"{n_layer} x {n_embd}, block {block_size}", n, 500 / s, base / s) for n, s in best.items()]
+    if not options.nanogpt:
+        print("nanoGPT: left out; name a clone of it with --nanogpt=FOLDER (gelu without cache stands for it)")
+    print("Sampling 500 tokens, one sequence")
+    header = ("size", "", "tokens/s", "times nanoGPT" if options.nanogpt else "times gelu without cache")
+    table(header, rows)
+    return [dict(zip(("size", "name", *header[2:]), row, strict=True)) for row in rows]
+
+
+def nanogpt(folder, size):
+    """The model of a clone of nanoGPT, as its sample.py has it."""
+    path = Path(folder) / "model.py"
+    if not path.exists():
+        raise ValueError(f"no nanoGPT in {folder}: {path} is missing; clone github.com/karpathy/nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    with contextlib.redirect_stdout(None):
+        return module.GPT(module.GPTConfig(**size, dropout=0.0, bias=False)).eval()
+
+
+def kan_benchmarking(options):
+    """https://github.com/Jerry-Master/KAN-benchmarking: two layers, the input without gradient, forward and backward
+    timed apart."""
+    timers, total = {}, {}
+    for name, (_, make, floats) in CONTENDERS.items():
+        if (
+            name in ("nn.Linear", "pykan")
+            or not installed(name)
+            or (options.only and not name.startswith(options.only))
+        ):
+            continue
+        if floats and 4 * floats(100, 1000, 1000, 10) > MOST_MEMORY:
+            continue
+        torch.manual_seed(0)
+        net = MLP(1000, 10_000, 1) if "MLP" in name else nn.Sequential(make(1000, 1000, 10), make(1000, 1, 10))
+        net = compiled(net) if name == "MLP compiled" else net
+        total[name] = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        timers[name] = Timer(net, 1000, 1, 100, input_gradient=False)
+    gemm = Gemm()
+    take_turns([*timers.values(), gemm], 5 * options.seconds)
+    print(f"KAN-benchmarking: batch 100, 1000 -> 1000 -> 1; matrix product {gemm.flops / 1e9:.0f} GFLOP/s")
+    header = ("", "parameters", "forward", "backward", "both", "times ours", "MB")
+    ours = timers["splinegpt"]
+    rows = [
+        (n, f"{total[n]:,}", t.fwd * 1e3, t.bwd * 1e3, t.both * 1e3, t.both / ours.both, t.bytes / 1e6)
+        for n, t in timers.items()
+    ]
+    table(header, rows)
+    return [dict(zip(("name", *header[1:]), row, strict=True)) for row in rows], {}
+
+
+def main(arguments):
+    options = cli.parse(Options, arguments)
+    if min(options.features + options.tokens) < 1 or min(options.points) < 2:
+        raise ValueError("features and tokens must be at least 1, points at least 2")
+    warnings.filterwarnings("ignore")  # what other libraries have to say about themselves
+    kernels = torch.ops.splinegpt_cpu.instruction_set() if kan_kernels.available() else "no kernels"
+    machine = dict(
+        kernels=kernels, threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version()
+    )
+    print(f"{kernels}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}", flush=True)
+    what = [name for name in ("against_n", "model", "kan_benchmarking") if getattr(options, name)]
+    report = dict(machine, started=time.strftime("%Y-%m-%d %H:%M"), arguments=arguments)
+    for name in what or ["layers"]:
+        run = {"layers": layers, "against_n": against_n, "model": models, "kan_benchmarking": kan_benchmarking}[name]
+        report[name], more = run(options)
+        report.update(more)
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{os.getpid()}.{out.name}")
+    temporary.write_text(json.dumps(report, indent=1))
+    os.replace(temporary, out)
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
