@@ -236,38 +236,36 @@ template <class S> INLINE void locate(vec<S> x, const Layer<S>& layer, typename 
   t = u - __builtin_convertvector(i, vec<S>);
 }
 
-// One token's look-ups, by groups of 16 features; group j is at j * stride. row: offset of C[f, i] in a packed block whose
-// rows are W numbers, and where the curves of the group's features begin at begin[0] to begin[15].
-constexpr int GROUP = 16;
+// One token's look-ups for features [0, count): row, the offset of C[f, i] in a packed block where the curve of feature f
+// begins at begin[f] and rows are W numbers apart, and t. Writes whole vectors.
 template <class S>
-void find_rows(const S* x, const Layer<S>& layer, const int32_t* begin, int W, int32_t* row, S* t, int64_t stride) {
+void find_rows(const S* x, int64_t count, const Layer<S>& layer, const int32_t* begin, int W, int32_t* row, S* t) {
   constexpr int L = lanes<S>;
   typedef typename Types<S>::ints32 ints32;
-  for (int64_t f = 0; f < layer.F; f += L) {
-    vec<S> xs, ts;
+  for (int64_t f = 0; f < count; f += L) {
+    vec<S> xs;
     typename Types<S>::ints i;
-    if (f + L <= layer.F) {
+    if (f + L <= count) {
       xs = load<S>(x + f);
     } else {
       S padded[L] = {};
-      memcpy(padded, x + f, (layer.F - f) * sizeof(S));
+      memcpy(padded, x + f, (count - f) * sizeof(S));
       xs = load<S>(padded);
     }
-    locate<S>(xs, layer, i, ts);
-    int64_t at = f / GROUP * stride + f % GROUP;
-    *(ints32*)(row + at) = __builtin_convertvector(i, ints32) * W + *(const ints32*)(begin + f % GROUP);
-    *(vec<S>*)(t + at) = ts;
+    locate<S>(xs, layer, i, *(vec<S>*)(t + f));
+    *(ints32*)(row + f) = __builtin_convertvector(i, ints32) * W + *(const ints32*)(begin + f);
   }
 }
 
 // All tokens of one feature in order of their interval: interval i has tokens order[start[i]] to order[start[i + 1]].
 // t is by token. order is followed by 16 valid entries, for whoever looks ahead.
+constexpr int AHEAD = 16;
 template <class S>
 void sort_tokens(const S* x, int n, const Layer<S>& layer, int32_t* order, int32_t* start, S* t, int32_t* interval) {
   constexpr int L = lanes<S>;
   const int N = layer.N;
   for (int b = 0; b < n; b++) t[b] = x[b * layer.F];
-  for (int b = n; b < n + GROUP; b++) t[b] = 0;
+  for (int b = n; b < n + AHEAD; b++) t[b] = 0;
   for (int b = 0; b < n; b += L) {
     vec<S> ts;
     typename Types<S>::ints i;
@@ -298,7 +296,7 @@ void sort_tokens(const S* x, int n, const Layer<S>& layer, int32_t* order, int32
     for (int i = 2; i <= N; i++) start[i] += start[i - 1];
     for (int b = 0; b < n; b++) order[start[interval[b] + 1]++] = b;
   }
-  std::fill(order + n, order + n + GROUP, 0);
+  std::fill(order + n, order + n + AHEAD, 0);
 }
 
 // Rows of a tile of outputs, W wide, copied close together as S; what lies beyond O is zero.
@@ -311,6 +309,9 @@ INLINE void pack(const T* rows, int64_t count, int64_t O, int width, S* to) {
   }
 }
 
+constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4
+constexpr size_t FIRST_LEVEL = 36 * 1024;         // a packed block
+
 // How many tokens of a tile W wide to take at a time: what fills a fraction of the second-level cache, but enough to give
 // an interval some work (least), for which the third level is near enough, up to 4096.
 template <class S> int64_t tokens_in_cache(int W, int fraction, int64_t least) {
@@ -321,61 +322,18 @@ template <class S> int64_t tokens_in_cache(int W, int fraction, int64_t least) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
-// One tile of outputs for tokens [b0, b1) of n. Block by block of FB features; partial sums rest in y_tile between blocks.
-template <class S, class T, int V>
-void packed_forward(const Layer<S>& layer, const T* table, int64_t o0, const int32_t* row, const S* t, int64_t n, int64_t b0,
-                    int64_t b1, int FB, S* tile, S* y_tile, S* y) {
-  constexpr int L = lanes<S>, W = V * L;
-  const int64_t N = layer.N, F = layer.F, O = layer.O;
-  const int width = std::min<int64_t>(W, O - o0);
-  for (int64_t f0 = 0; f0 < F; f0 += FB) {
-    const int fn = std::min<int64_t>(FB, F - f0);
-    const bool first = f0 == 0, last = f0 + fn == F;
-    pack<S, T, V>(table + f0 * N * O + o0, fn * N, O, width, tile);
-    // The next block's rows are fetched while the tokens of this one pass.
-    const T* next = table + (f0 + FB) * N * O + o0;
-    const int64_t rows_next = last ? 0 : std::min<int64_t>(FB, F - f0 - FB) * N;
-    int64_t fetched = 0, due = 0;
-    const int64_t at = (f0 / GROUP * n + b0) * GROUP + f0 % GROUP;
-    const int32_t* r = row + at;
-    const S* ts = t + at;
-    S* sum = y_tile;
-    for (int64_t b = b0; b < b1; b++, r += GROUP, ts += GROUP, sum += W) {
-      for (due += rows_next; due >= b1 - b0; due -= b1 - b0, fetched++)
-        for (int o = 0; o < W; o += 64 / sizeof(T)) __builtin_prefetch(next + fetched * O + o, 0, 2);
-      vec<S> acc[V], other[V];  // with few accumulators the latency of the additions would show: take two sets
-      UNROLL for (int v = 0; v < V; v++) {
-        acc[v] = first ? vec<S>{} : *(vec<S>*)(sum + v * L);
-        other[v] = vec<S>{};
-      }
-      for (int f = 0; f < fn; f++) {
-        const S* c = tile + r[f];
-        vec<S> above = broadcast<S>(ts[f]);
-        KEEP(above);
-        const vec<S> below = S(1) - above;
-        UNROLL for (int v = 0; v < V; v++) {
-          acc[v] += below * *(vec<S>*)(c + v * L);
-          (V <= 4 ? other : acc)[v] += above * *(vec<S>*)(c + W + v * L);
-        }
-      }
-      UNROLL for (int v = 0; v < V; v++) if (V <= 4) acc[v] += other[v];
-      if (last && width == W) {
-        UNROLL for (int v = 0; v < V; v++) store(y + b * O + o0 + v * L, acc[v]);
-      } else {
-        UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(sum + v * L) = acc[v];
-        if (last) memcpy(y + b * O + o0, sum, width * sizeof(S));
-      }
-    }
-  }
-}
-
 // Room for n tokens, sorted: whole vectors, and the entries to look ahead at.
-inline int64_t sorted_size(int64_t n) { return (n + 2 * GROUP - 1) / GROUP * GROUP; }
+inline int64_t sorted_size(int64_t n) { return (n + 2 * AHEAD - 1) / AHEAD * AHEAD; }
 
-// The tokens of all features, sorted: feature f's order is at f * size, its starts at f * (N + 1).
-template <class S> struct Sorted {
-  const int32_t *order, *start;
+// The look-ups of n tokens: features [0, packed) by token, token b's at b * stride; the others, the riders, sorted, rider
+// k's order and t at k * size, its starts at k * (N + 1).
+template <class S> struct LookUps {
+  int64_t n, packed;
+  const int32_t* row;
   const S* t;
+  int64_t stride;
+  const int32_t *order, *start;
+  const S* rider_t;
   int64_t size;
 };
 
@@ -390,22 +348,63 @@ INLINE const S* rows_of(const T* table, const Layer<S>& layer, int64_t f, int64_
   return stride = W, tile;
 }
 
-constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4
 
-// One tile of outputs for all n tokens.
+
+// One tile of outputs for all n tokens, pass by pass: FB features from a packed block, and one rider, whose interval the
+// tokens of a pass are sorted by. Sums rest in y_tile between passes.
 template <class S, class T, int V>
-void sorted_forward(const Layer<S>& layer, const T* table, int64_t o0, Sorted<S> sorted, int64_t n, S* tile, S* y_tile, S* y) {
+void forward_tile(const Layer<S>& layer, const T* table, int64_t o0, const LookUps<S>& at, int FB, S* tile, S* rider_tile,
+                  S* y_tile, S* y) {
   constexpr int L = lanes<S>, W = V * L;
-  const int64_t N = layer.N, F = layer.F, O = layer.O;
+  const int64_t N = layer.N, F = layer.F, O = layer.O, n = at.n;
   const int width = std::min<int64_t>(W, O - o0);
+  const int64_t riders = F - at.packed, blocks = FB ? (at.packed + FB - 1) / FB : 0;
   std::fill(y_tile, y_tile + n * W, S(0));
-  for (int64_t f = 0; f < F; f++) {
+  for (int64_t pass = 0; pass < std::max(blocks, riders); pass++) {
+    const int64_t f0 = pass * FB;
+    const int fn = std::clamp<int64_t>(at.packed - f0, 0, FB);
+    if (fn) pack<S, T, V>(table + f0 * N * O + o0, fn * N, O, width, tile);
+    auto visit = [&](int64_t b, auto rides, const vec<S>* below, const vec<S>* rise, S rider_t) __attribute__((always_inline)) {
+      S* sum = y_tile + b * W;
+      vec<S> acc[V], other[V];  // with few accumulators the latency of the additions would show: take two sets
+      UNROLL for (int v = 0; v < V; v++) {
+        acc[v] = *(vec<S>*)(sum + v * L);
+        other[v] = vec<S>{};
+      }
+      if constexpr (rides) {
+        const vec<S> t = broadcast<S>(rider_t);
+        UNROLL for (int v = 0; v < V; v++) acc[v] += below[v] + t * rise[v];
+      }
+      const int32_t* row = at.row + b * at.stride + f0;
+      const S* ts = at.t + b * at.stride + f0;
+      for (int f = 0; f < fn; f++) {
+        const S* c = tile + row[f];
+        vec<S> above_t = broadcast<S>(ts[f]);
+        KEEP(above_t);
+        const vec<S> below_t = S(1) - above_t;
+        UNROLL for (int v = 0; v < V; v++) {
+          acc[v] += below_t * *(vec<S>*)(c + v * L);
+          (V <= 4 ? other : acc)[v] += above_t * *(vec<S>*)(c + W + v * L);
+        }
+      }
+      UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(sum + v * L) = V <= 4 ? acc[v] + other[v] : acc[v];
+    };
+
+    if (pass >= riders) {
+      for (int64_t b = 0; b < n; b++) visit(b, std::false_type(), nullptr, nullptr, S(0));
+      continue;
+    }
     int64_t stride;
-    const S* c = rows_of<S, T, V>(table, layer, f, o0, tile, stride);
-    const int32_t *order = sorted.order + f * sorted.size, *start = sorted.start + f * (N + 1);
-    const S* t = sorted.t + f * sorted.size;
+    const S* c = rows_of<S, T, V>(table, layer, at.packed + pass, o0, rider_tile, stride);
+    const int32_t *order = at.order + pass * at.size, *start = at.start + pass * (N + 1);
+    const S* t = at.rider_t + pass * at.size;
+    // The next block's rows are fetched while the tokens of this one pass: some in every interval.
+    const T* next = table + (f0 + FB) * N * O + o0;
+    const int rows_next = std::clamp<int64_t>(at.packed - f0 - FB, 0, FB) * N;
     for (int i = 0; i < N - 1; i++, c += stride) {
       UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(c + ROWS_AHEAD * stride + v * L);
+      for (int r = rows_next * i / (N - 1); r < rows_next * (i + 1) / (N - 1); r++)
+        for (int o = 0; o < W; o += 64 / sizeof(T)) __builtin_prefetch(next + r * O + o, 0, 2);
       if (start[i] == start[i + 1]) continue;
       vec<S> below[V], rise[V];
       UNROLL for (int v = 0; v < V; v++) {
@@ -415,10 +414,15 @@ void sorted_forward(const Layer<S>& layer, const T* table, int64_t o0, Sorted<S>
       for (int q = start[i]; q < start[i + 1]; q++) {
         const S* ahead = y_tile + (int64_t)order[q + TOKENS_AHEAD] * W;
         UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(ahead + v * L, 1);
-        const int b = order[q];
-        const vec<S> ts = broadcast<S>(t[b]);
-        S* sum = y_tile + (int64_t)b * W;
-        UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(sum + v * L) += below[v] + ts * rise[v];
+        const int64_t b = order[q];
+        if (fn) {
+          __builtin_prefetch(at.row + order[q + TOKENS_AHEAD] * at.stride + f0);
+          __builtin_prefetch(at.t + order[q + TOKENS_AHEAD] * at.stride + f0);
+          visit(b, std::true_type(), below, rise, t[b]);
+        } else {
+          const vec<S> ts = broadcast<S>(t[b]);
+          UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(y_tile + b * W + v * L) += below[v] + ts * rise[v];
+        }
       }
     }
   }
@@ -506,58 +510,58 @@ template <class S, class T> void forward(const Layer<S>& layer, const S* x, cons
     return;
   }
 
-  // Threads share out tiles of outputs, or where there are too few, groups of tokens too. The estimate is in cycles.
-  const bool sort = N > 16;
-  const int64_t limit = tokens_in_cache<S>(8 * L, 2, sort ? 16 * N : 0);
-  const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks;
+  // Threads share out tiles of outputs and, where there are too few of them, groups of tokens. In cycles, per feature:
+  const int64_t limit = tokens_in_cache<S>(8 * L, 2, N > 32 ? 16 * N : 0);
+  const int64_t blocks = (B + limit - 1) / limit, block = (B + blocks - 1) / blocks;
+  const auto block_features = [&](int v) { return N > 24 ? 0 : std::min<int64_t>(FIRST_LEVEL / (N * v * L * sizeof(S)), 16); };
   int V = 1;
   int64_t parts = 1;
   double best = 1e300;
   for (int v : TILES)
     for (int64_t p : {1, threads}) {
-      if (sort && p > 1) continue;
       const int64_t tasks = (O + v * L - 1) / (v * L) * p;
-      const double cost = (tasks + threads - 1) / threads * (n_max / double(p) * (2.5 * v + 1.5) + 1.5 * N * v);
+      const double FB = block_features(v), n = block / double(p);
+      const double pass = n * (FB * (2.3 * v + 1.5) + 5 * v + 4) + FB * 1.5 * N * v + N * (2 * v + 20);
+      const double cost = (tasks + threads - 1) / threads * pass / (FB + 1);
       if (cost < best) best = cost, V = v, parts = p;
     }
-  const int64_t W = V * L, tiles = (O + W - 1) / W, groups = (F + GROUP - 1) / GROUP;
-  int FB = GROUP;
-  const size_t room = 24 * 1024;  // of a first-level cache of 32 KB or more
-  while (FB > 1 && FB * N * W * sizeof(S) > room) FB /= 2;
+  const int FB = block_features(V);
+  const int64_t W = V * L, tiles = (O + W - 1) / W, n_max = (block + parts - 1) / parts;
+  const int64_t riders = F / (FB + 1), packed = F - riders;
+  const int64_t m = sorted_size(n_max), stride = (packed + 15) / 16 * 16 + 16;
 
-  const int64_t m = sorted_size(n_max), looked_up = sort ? F * m : groups * n_max * GROUP;
-  common.reserve(Scratch::room<int32_t>(looked_up) + Scratch::room<S>(looked_up) + Scratch::room<int32_t>(F * (N + 1)));
-  int32_t* row = common.take<int32_t>(looked_up);
-  S* t = common.take<S>(looked_up);
-  int32_t* start = common.take<int32_t>(F * (N + 1));
-
-  alignas(64) int32_t begin[GROUP];
-  for (int f = 0; f < GROUP; f++) begin[f] = f % FB * N * W;
+  common.reserve(Scratch::room<int32_t>(stride) + 2 * Scratch::room<S>(block * stride) + 2 * Scratch::room<S>(parts * riders * m) +
+                 Scratch::room<int32_t>(parts * riders * (N + 1)));
+  int32_t* begin = common.take<int32_t>(stride);
+  int32_t *row = common.take<int32_t>(block * stride), *order = common.take<int32_t>(parts * riders * m);
+  S *t = common.take<S>(block * stride), *rider_t = common.take<S>(parts * riders * m);
+  int32_t* start = common.take<int32_t>(parts * riders * (N + 1));
+  for (int64_t f = 0; f < packed; f++) begin[f] = f % FB * N * W;
 
 #pragma omp parallel num_threads(threads)
   {
-    own.reserve(Scratch::room<S>(FB * N * W) + Scratch::room<S>(n_max * W) + Scratch::room<int32_t>(m));
-    S* tile = own.take<S>(FB * N * W);
-    S* y_tile = own.take<S>(n_max * W);
+    own.reserve(Scratch::room<S>(FB * N * W) + Scratch::room<S>(N * W) + Scratch::room<S>(n_max * W) + Scratch::room<int32_t>(m));
+    S *tile = own.take<S>(FB * N * W), *rider_tile = own.take<S>(N * W), *y_tile = own.take<S>(n_max * W);
     int32_t* interval = own.take<int32_t>(m);
-    for (int64_t b0 = 0; b0 < B; b0 += n_max) {
-      const int64_t n = std::min(n_max, B - b0);
-      if (sort) {
+    for (int64_t first = 0; first < B; first += block) {
+      // Part k of this block has tokens [begins(k), begins(k + 1)).
+      const int64_t n = std::min(block, B - first);
+      const auto begins = [&](int64_t k) { return first + n * k / parts; };
+#pragma omp for schedule(static) nowait
+      for (int64_t b = 0; b < n; b++)
+        find_rows(x + (first + b) * F, packed, layer, begin, W, row + b * stride, t + b * stride);
 #pragma omp for schedule(static)
-        for (int64_t f = 0; f < F; f++)
-          sort_tokens(x + b0 * F + f, n, layer, row + f * m, start + f * (N + 1), t + f * m, interval);
-      } else {
-#pragma omp for schedule(static)
-        for (int64_t b = 0; b < n; b++)
-          find_rows(x + (b0 + b) * F, layer, begin, W, row + b * GROUP, t + b * GROUP, n * GROUP);
+      for (int64_t z = 0; z < parts * riders; z++) {
+        const int64_t k = z / riders, f = packed + z % riders;
+        sort_tokens(x + begins(k) * F + f, begins(k + 1) - begins(k), layer, order + z * m, start + z * (N + 1), rider_t + z * m, interval);
       }
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < tiles * parts; task++) {
-        const int64_t o0 = task / parts * W, part = task % parts;
+        const int64_t o0 = task / parts * W, k = task % parts, r = k * riders;
+        const int64_t skipped = (begins(k) - first) * stride;
+        const LookUps<S> at{begins(k + 1) - begins(k), packed, row + skipped, t + skipped, stride, order + r * m, start + r * (N + 1), rider_t + r * m, m};
         with_tile(V, [&](auto v) {
-          constexpr int V = decltype(v)::value;
-          if (sort) sorted_forward<S, T, V>(layer, table, o0, {row, start, t, m}, n, tile, y_tile, y + b0 * O);
-          else packed_forward<S, T, V>(layer, table, o0, row, t, n, n * part / parts, n * (part + 1) / parts, FB, tile, y_tile, y + b0 * O);
+          forward_tile<S, T, decltype(v)::value>(layer, table, o0, at, FB, tile, rider_tile, y_tile, y + begins(k) * O);
         });
       }
     }
@@ -628,7 +632,7 @@ template <class S, class T> void backward(const Layer<S>& layer, const S* g, con
   const int64_t limit = tokens_in_cache<S>(W, 4, 32 * N);
   const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks;
   const int64_t blocks_a_pass = std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(S)), 1, blocks);
-  const int64_t FB = std::clamp<int64_t>(F / (4 * threads), 1, GROUP);
+  const int64_t FB = std::clamp<int64_t>(F / (4 * threads), 1, 16);
   const bool aligned = O * sizeof(S) % VECTOR_BYTES == 0;
   const bool streamed = blocks == 1 && aligned && F * N * O * int64_t(sizeof(S)) >= 4 << 20;
 
