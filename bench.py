@@ -188,6 +188,8 @@ class Timer:
         self.spent, self.turns = 0.0, 0
         self.forward(), self.forward_backward()  # compiles, allocates
         self.fwd = self.both = self.bwd = math.inf
+        for p in (*module.parameters(), *self.xs):
+            p.grad = None
         self.bytes = added_memory(self.forward_backward)
         self.forward(), self.forward_backward()
 

@@ -43,9 +43,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rotation=None, cache=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
-        (q, k), v = qkv[:, :, :2].unbind(2), qkv[:, :, 2]  # (B, H, T, D) each
-        if rotation is not None:
-            q, k = rotate(qkv[:, :, :2], *rotation).unbind(2)  # both in one go
+        qk, v = qkv.split((2, 1), dim=2)
+        q, k = (qk if rotation is None else rotate(qk, *rotation)).unbind(2)  # (B, H, T, D) each
+        v = v.squeeze(2)
         if self.qk_norm:
             q, k = F.rms_norm(q, (q.shape[-1],)), F.rms_norm(k, (k.shape[-1],))
         mask, causal = None, True
