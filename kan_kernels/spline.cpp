@@ -573,10 +573,11 @@ template <class S, class T> void forward(const Layer<S>& layer, const S* x, cons
 
 enum class Write { once, streamed, added };
 
-// One feature, one tile of outputs, n tokens of g. along: for each token the vector whose sum is <g, C[i + 1] - C[i]>.
+// One feature, one tile of outputs, n tokens of g. along: for each token the vector whose sum over its numbers and all
+// tiles is <g, C[i + 1] - C[i]>; begun in the first tile.
 template <class S, int V, Write write>
 void sorted_backward(int N, const S* c, int64_t c_stride, S* d, int64_t d_stride, const S* g, const int32_t* order,
-                     const int32_t* start, const S* t, vec<S>* along) {
+                     const int32_t* start, const S* t, bool first, vec<S>* along) {
   constexpr int L = lanes<S>, W = V * L;
   auto put = [&](int v, vec<S> value) __attribute__((always_inline)) {
     if constexpr (write == Write::streamed) stream(d + v * L, value);
@@ -596,7 +597,7 @@ void sorted_backward(int N, const S* c, int64_t c_stride, S* d, int64_t d_stride
         UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(ahead + v * L);
         const int b = order[q];
         const vec<S> ts = broadcast<S>(t[b]);
-        vec<S> dot = {};
+        vec<S> dot = first ? vec<S>{} : along[b];
         UNROLL for (int v = 0; v < V; v++) {
           vec<S> gs = *(const vec<S>*)(g + (int64_t)b * W + v * L);
           KEEP(gs);
@@ -632,7 +633,7 @@ template <class S, class T> void backward(const Layer<S>& layer, const S* g, con
   const int64_t limit = tokens_in_cache<S>(W, 4, 32 * N);
   const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks;
   const int64_t blocks_a_pass = std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(S)), 1, blocks);
-  const int64_t FB = std::clamp<int64_t>(F / (4 * threads), 1, 16);
+  const int64_t FB = std::clamp<int64_t>(F / (4 * threads), 1, 8);
   const bool aligned = O * sizeof(S) % VECTOR_BYTES == 0;
   const bool streamed = blocks == 1 && aligned && F * N * O * int64_t(sizeof(S)) >= 4 << 20;
 
@@ -642,12 +643,12 @@ template <class S, class T> void backward(const Layer<S>& layer, const S* g, con
 #pragma omp parallel num_threads(threads)
   {
     const int64_t m = sorted_size(n_max);
-    own.reserve(Scratch::room<int32_t>(FB * m + m + FB * (N + 1)) + 2 * Scratch::room<S>(FB * m) + Scratch::room<vec<S>>(m) +
+    own.reserve(Scratch::room<int32_t>(FB * m + m + FB * (N + 1)) + 2 * Scratch::room<S>(FB * m) + Scratch::room<vec<S>>(FB * m) +
                 2 * Scratch::room<S>(N * W) + 256);
     int32_t *order = own.take<int32_t>(FB * m), *interval = own.take<int32_t>(m), *start = own.take<int32_t>(FB * (N + 1));
     S *t = own.take<S>(FB * m), *dots = own.take<S>(FB * m), *tile = own.take<S>(N * W), *d_tile = own.take<S>(N * W);
-    vec<S>* along = own.take<vec<S>>(m);
-    for (int64_t b = 0; b < m; b++) along[b] = vec<S>{};
+    vec<S>* along = own.take<vec<S>>(FB * m);
+    for (int64_t b = 0; b < FB * m; b++) along[b] = vec<S>{};
 
     for (int64_t first = 0; first < blocks; first += blocks_a_pass) {
       const int64_t in_pass = std::min(blocks_a_pass, blocks - first);
@@ -677,25 +678,22 @@ template <class S, class T> void backward(const Layer<S>& layer, const S* g, con
                   S* d = dtable + (f0 + f) * N * O + o0;
                   const int32_t *o = order + f * m, *s = start + f * (N + 1);
                   if (o0 + W > O) {
-                    sorted_backward<S, V, Write::once>(N, c, stride, d_tile, W, g_tile, o, s, t + f * m, along);
+                    sorted_backward<S, V, Write::once>(N, c, stride, d_tile, W, g_tile, o, s, t + f * m, k == 0, along + f * m);
                     for (int64_t r = 0; r < N; r++)
                       for (int64_t j = 0; j < O - o0; j++) d[r * O + j] = (block ? d[r * O + j] : S(0)) + d_tile[r * W + j];
                   } else if (block) {
-                    sorted_backward<S, V, Write::added>(N, c, stride, d, O, g_tile, o, s, t + f * m, along);
+                    sorted_backward<S, V, Write::added>(N, c, stride, d, O, g_tile, o, s, t + f * m, k == 0, along + f * m);
                   } else if (streamed) {
-                    sorted_backward<S, V, Write::streamed>(N, c, stride, d, O, g_tile, o, s, t + f * m, along);
+                    sorted_backward<S, V, Write::streamed>(N, c, stride, d, O, g_tile, o, s, t + f * m, k == 0, along + f * m);
                   } else {
-                    sorted_backward<S, V, Write::once>(N, c, stride, d, O, g_tile, o, s, t + f * m, along);
+                    sorted_backward<S, V, Write::once>(N, c, stride, d, O, g_tile, o, s, t + f * m, k == 0, along + f * m);
                   }
                 }
               });
-              S* dot = dots + f * m;
-              for (int64_t b = 0; b < n; b += L) {
-                const vec<S> dot_tile = sums<S>(along + b);
-                store(dot + b, k ? load<S>(dot + b) + dot_tile : dot_tile);
-              }
             }
           }
+          for (int64_t f = 0; f < fn; f++)
+            for (int64_t b = 0; b < n; b += L) store(dots + f * m + b, sums<S>(along + f * m + b));
           for (int64_t b = 0; b < n; b++)
             for (int64_t f = 0; f < fn; f++) dx[(b0 + b) * F + f0 + f] = dots[f * m + b] * layer.inv;
         }
