@@ -219,15 +219,15 @@ class Timer:
 
     def turn(self, seconds):
         """Measure once more, unless the time is used up; returns whether it did."""
-        if self.spent > seconds and self.turns >= 2:
+        if self.spent > seconds:
             return False
         start = time.perf_counter()
-        for _ in range(3):  # the first of a turn finds the caches full of the others' data
+        # The first of a turn finds the caches full of the others' data. Whoever takes seconds does not notice.
+        for _ in range(3 if self.both < seconds else 1):
             self.forward()
-        for _ in range(3):
             self.forward_backward()
         self.spent, self.turns = self.spent + time.perf_counter() - start, self.turns + 1
-        return self.turns < 200
+        return self.turns < 100
 
 
 class Gemm:
