@@ -40,7 +40,7 @@ import cli
 import kan_kernels
 from kan_layer import KANLayer
 
-MOST_MEMORY = 6e9  # bytes a contender may need by arithmetic; else it is skipped with a line
+MOST_MEMORY = 2e9  # bytes a contender may need by arithmetic; else it is skipped with a line
 
 
 @dataclass

@@ -80,13 +80,15 @@ MAX_LOOKUPS = 2**26 - 1  # ATen's CUDA kernel numbers its threads, 32 to a look-
 def cpp(x, table, spline_width, dtype):
     """The look-up in C++, for CPUs (kan_kernels/spline.cpp): 2F rows a token, at the speed of a matrix product.
 
-    Saves only x. bfloat16 tables are read as they are; sums are in float32, or float64 where x or the table is.
+    Saves only x. bfloat16 tables are read as they are, sums are in float32, or float64 where x or the table is. If no
+    gradient is wanted, positions in an interval and slopes of a bfloat16 table may be rounded to bfloat16 as well.
     """
+    training = torch.is_grad_enabled() and (x.requires_grad or table.requires_grad)
     if x.dtype == torch.float64 or table.dtype == torch.float64:
         x, table = x.double(), table.double()
     elif table.dtype != torch.bfloat16:
         table = table.float()
-    return kan_kernels.spline(x, table, spline_width).to(dtype)
+    return kan_kernels.spline(x, table, spline_width, not training).to(dtype)
 
 
 def embedding_bag(x, table, spline_width, dtype):

@@ -4,9 +4,11 @@ Built on first use (about 20 seconds, once) or ahead of it with `python -m kan_k
 $SPLINEGPT_CACHE, by default ~/.cache/splinegpt, under a name that changes with the source, the compiler, the CPU and
 PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX names.
 
-    spline(x, table, spline_width) -> y       x (B, F), table (F, N, O), y (B, O); has a gradient, compiles and exports
+    spline(x, table, spline_width, rounded=False) -> y
 
-x and table are both float32 or both float64; a bfloat16 table may come with a float32 x. All sums are in x's type.
+of x (B, F), table (F, N, O) and y (B, O); it has gradients, compiles and exports. x and table are both float32 or both
+float64; a bfloat16 table may come with a float32 x. All sums are in x's type. rounded allows, with a bfloat16 table,
+that positions t and slopes are rounded to bfloat16 too, which a CPU with AVX512-BF16 turns into half the loads.
 """
 
 import contextlib
@@ -123,7 +125,7 @@ def load():
     ops = torch.ops.splinegpt_cpu
 
     @torch.library.register_fake("splinegpt_cpu::spline")
-    def _(x, table, spline_width):
+    def _(x, table, spline_width, rounded=False):
         return x.new_empty(x.shape[0], table.shape[2])
 
     @torch.library.register_fake("splinegpt_cpu::spline_backward")
@@ -131,13 +133,13 @@ def load():
         return torch.empty_like(x), torch.empty_like(table, dtype=x.dtype)
 
     def setup(ctx, inputs, output):
-        x, table, ctx.spline_width = inputs
+        x, table, ctx.spline_width, _ = inputs
         ctx.save_for_backward(x, table)
 
     def backward(ctx, g):
         x, table = ctx.saved_tensors
         grad_x, grad_table = ops.spline_backward(g, x, table, ctx.spline_width)
-        return grad_x, grad_table.to(table.dtype), None
+        return grad_x, grad_table.to(table.dtype), None, None
 
     def twice(ctx, *_):
         raise RuntimeError("impl='cpp' has no second derivatives; impl='dense' has")
@@ -161,5 +163,5 @@ def available():
     return reason is None
 
 
-def spline(x, table, spline_width):
-    return torch.ops.splinegpt_cpu.spline(x, table, spline_width)
+def spline(x, table, spline_width, rounded=False):
+    return torch.ops.splinegpt_cpu.spline(x, table, spline_width, rounded)

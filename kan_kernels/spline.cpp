@@ -5,19 +5,21 @@ The spline layer on a CPU: forward and backward as look-ups, at the speed of a m
     y[o] = sum_f (1 - t) * C[f, i, o] + t * C[f, i + 1, o]
 
 A look-up is two multiply-adds on two vectors that some cache has to deliver, and everything below is about which one. A
-core loads about one vector per multiply-add from its first-level cache, so there the forward runs at the rate of a
-matrix product; from the second level it runs at half of that. Three forwards, chosen in forward():
+core loads about one vector per multiply-add from its first-level cache, so only from there can the forward run at the
+rate of a matrix product. Outputs are computed tile by tile, and a tile's features pass by pass:
 
-- packed: a few features of a tile of outputs are copied into one contiguous block that stays in the first-level cache
-  while all tokens pass; a token's outputs stay in registers over the block.
-- sorted: for large N no block fits. Tokens are sorted by interval, feature by feature; an interval's two rows stay in
-  registers while its tokens pass, and it is the outputs that are loaded and stored.
-- direct: a handful of tokens reads less than the whole table. Threads split the features, each adds up its own share.
+- A packed block holds the curves of a few features, copied close together so that they stay in the first-level cache
+  while all tokens pass; a token's sums stay in registers over the block.
+- A rider is one more feature that travels along. The tokens of a pass are sorted by its interval, so its two rows stay
+  in registers from token to token and cost no loads at all.
 
-The backward is always sorted. For all tokens of an interval the difference of its two rows and two sums stay in
+With N above 24 no useful block fits, and every pass is a rider alone. A handful of tokens reads less than the whole
+table; there threads split the features and add up rows where they are (direct_forward).
+
+The backward is riders alone. For all tokens of an interval the difference of its two rows and two sums stay in
 registers, so that one load of g = dL/dy serves all three gradients:
 
-    S[i] = sum g      U[i] = sum t * g      dC[k] = S[k] - U[k] + U[k - 1]      dx = <g, C[i + 1] - C[i]> * (N - 1) / width
+    S[i] = sum g    U[i] = sum t * g    dC[k] = S[k] - U[k] + U[k - 1]    dx = <g, C[i + 1] - C[i]> * (N - 1) / width
 
 Threads split the features: no atomics, and the result does not depend on their number. The forward's is the same for a
 given number of threads. What is saved between forward and backward is x alone.
@@ -49,7 +51,7 @@ Legend
 #include <string>
 #include <utility>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -107,7 +109,7 @@ template <class S> INLINE void stream(S* p, vec<S> v) {
 #ifdef __AVX512F__
   _mm512_stream_si512((__m512i*)p, (__m512i)v);
 #elif defined(__AVX2__)
-  __builtin_ia32_movntdq256((long long __attribute__((vector_size(32)))*)p, (long long __attribute__((vector_size(32))))v);
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
 #else
   store(p, v);
 #endif
@@ -116,19 +118,44 @@ template <class S> INLINE void stream(S* p, vec<S> v) {
 template <class S, size_t... I> INLINE vec<S> add_pairs(vec<S> a, vec<S> b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, int(2 * I)...) + __builtin_shufflevector(a, b, int(2 * I + 1)...);
 }
+// Pairs for the paired dot product of bfloat16, acc += a.low * b.low + a.high * b.high, which is one look-up: (C[i],
+// C[i + 1] - C[i]) times (1, t). Only the difference and t are rounded.
+#ifdef __AVX512BF16__
+constexpr bool HAS_PAIRS = true;
+INLINE __m512i pair(__m256i low, __m512 high) {
+  const __m512i upper = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
+  return _mm512_or_si512(_mm512_slli_epi32(upper, 16), _mm512_cvtepu16_epi32(low));
+}
+INLINE vec<float> paired_dot(vec<float> acc, vec<float> a, vec<float> b) {
+  return (vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+INLINE vec<float> pair_weights(vec<float> t) {
+  return (vec<float>)pair(_mm256_set1_epi16(0x3f80), (__m512)t);  // 1 in bfloat16
+}
+INLINE vec<float> pair_rows(const BFloat16* below, const BFloat16* above) {
+  const __m512 rise = (__m512)(load<float>(above) - load<float>(below));
+  return (vec<float>)pair(_mm256_loadu_si256((const __m256i*)below), rise);
+}
+#else
+constexpr bool HAS_PAIRS = false;
+INLINE vec<float> paired_dot(vec<float> acc, vec<float>, vec<float>) { return acc; }
+INLINE vec<float> pair_weights(vec<float> t) { return t; }
+INLINE vec<float> pair_rows(const BFloat16*, const BFloat16*) { return {}; }
+#endif
+
 // The sums of L vectors, as one vector.
 template <class S, int n = lanes<S>> INLINE vec<S> sums(const vec<S>* p) {
   if constexpr (n == 1) return *p;
   else return add_pairs<S>(sums<S, n / 2>(p), sums<S, n / 2>(p + n / 2), std::make_index_sequence<lanes<S>>());
 }
 
-// Memory in huge pages, if the system has some to give: tokens are visited in any order, and a core knows the addresses of
-// some seventy pages at a time.
-void* allocate(size_t bytes) {
+// Memory in huge pages, if the system has some to give: tokens are visited in any order, and a core knows the addresses
+// of some seventy pages at a time.
+char* allocate(size_t bytes) {
   constexpr size_t page = 1 << 21;
   const size_t alignment = bytes < page / 8 ? 4096 : page;
   bytes = (bytes + alignment - 1) / alignment * alignment;
-  void* p = aligned_alloc(alignment, bytes);
+  char* p = (char*)aligned_alloc(alignment, bytes);
   if (!p) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
   if (alignment == page) madvise(p, bytes, MADV_HUGEPAGE);
@@ -136,32 +163,37 @@ void* allocate(size_t bytes) {
   return p;
 }
 
-// A thread's working memory, kept from call to call: to map fresh pages would take longer than the layer itself.
-struct Scratch {
-  char* memory = nullptr;
-  size_t size = 0, used = 0;
-  ~Scratch() { free(memory); }
+// Working memory, kept from call to call: to map fresh pages would take longer than the layer itself. What a call needs
+// is found out by taking it; from the next call on it is one piece.
+struct Arena {
+  std::vector<std::pair<char*, size_t>> pieces;
+  size_t used = 0;  // of the last piece
+  ~Arena() { release(); }
   void release() {
-    free(memory);
-    memory = nullptr, size = 0;
-  }
-  template <class T> static size_t room(size_t n) { return (n * sizeof(T) + 63) / 64 * 64 + 64; }
-  void reserve(size_t bytes) {
+    for (auto& piece : pieces) free(piece.first);
+    pieces.clear();
     used = 0;
-    if (bytes <= size) return;
-    free(memory);
-    memory = nullptr, size = 0;
-    memory = (char*)allocate(bytes);
-    size = bytes;
   }
-  template <class T> T* take(size_t n) {
-    T* p = (T*)(memory + used);
-    used += room<T>(n);
-    return p;
+  void clear() {
+    used = 0;
+    if (pieces.size() < 2) return;
+    size_t size = 0;
+    for (auto& piece : pieces) size += piece.second;
+    release();
+    pieces.emplace_back(allocate(size), size);
+  }
+  template <class T> T* take(size_t n) {  // aligned to 64 bytes; the odd line keeps buffers off each other's cache sets
+    const size_t bytes = (n * sizeof(T) + 63) / 64 * 64 + 64;
+    if (pieces.empty() || used + bytes > pieces.back().second) {
+      pieces.emplace_back(allocate(bytes), bytes);
+      used = 0;
+    }
+    used += bytes;
+    return (T*)(pieces.back().first + used - bytes);
   }
 };
-thread_local Scratch own;     // of one thread
-thread_local Scratch common;  // of the calling thread, for what all threads share
+thread_local Arena own;     // of one thread
+thread_local Arena common;  // of the calling thread, for what all threads share
 
 // Gradients of large tables. The C library gives memory of that size back to the system and fetches it again at every
 // step, page by page: 18 ms for the 75 MB of a 384 to 384 layer at N = 128, three times its whole backward. So freed
@@ -236,9 +268,9 @@ template <class S> INLINE void locate(vec<S> x, const Layer<S>& layer, typename 
   t = u - __builtin_convertvector(i, vec<S>);
 }
 
-// One token's look-ups for features [0, count): row, the offset of C[f, i] in a packed block where the curve of feature f
-// begins at begin[f] and rows are W numbers apart, and t. Writes whole vectors.
-template <class S>
+// One token's look-ups for features [0, count): row, the offset of C[f, i] in a packed block where the curve of feature
+// f begins at begin[f] and rows are W numbers apart, and t, or with `paired` the pair (1, t). Writes whole vectors.
+template <class S, bool paired>
 void find_rows(const S* x, int64_t count, const Layer<S>& layer, const int32_t* begin, int W, int32_t* row, S* t) {
   constexpr int L = lanes<S>;
   typedef typename Types<S>::ints32 ints32;
@@ -252,7 +284,10 @@ void find_rows(const S* x, int64_t count, const Layer<S>& layer, const int32_t* 
       memcpy(padded, x + f, (count - f) * sizeof(S));
       xs = load<S>(padded);
     }
-    locate<S>(xs, layer, i, *(vec<S>*)(t + f));
+    vec<S> ts;
+    locate<S>(xs, layer, i, ts);
+    if constexpr (paired) ts = pair_weights(ts);
+    *(vec<S>*)(t + f) = ts;
     *(ints32*)(row + f) = __builtin_convertvector(i, ints32) * W + *(const ints32*)(begin + f);
   }
 }
@@ -312,11 +347,27 @@ INLINE void pack(const T* rows, int64_t count, int64_t O, int width, S* to) {
 constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4
 constexpr size_t FIRST_LEVEL = 36 * 1024;         // a packed block
 
-// How many tokens of a tile W wide to take at a time: what fills a fraction of the second-level cache, but enough to give
-// an interval some work (least), for which the third level is near enough, up to 4096.
+// How many tokens of a tile W wide to take at a time: what fills a fraction of the second-level cache, but enough to
+// give an interval some work (least), for which the third level is near enough, up to 4096.
 template <class S> int64_t tokens_in_cache(int W, int fraction, int64_t least) {
   const int64_t fit = second_level_cache() / fraction / (W * sizeof(S));
   return std::clamp<int64_t>(std::max(fit, std::min<int64_t>(least, 4096)), 128, 4096);
+}
+
+// The same for pairs of rows, of fn features; a pair takes the room of a float.
+template <int V>
+INLINE void pack_pairs(const BFloat16* rows, int fn, int64_t N, int64_t O, int width, float* to) {
+  constexpr int L = lanes<float>, W = V * L;
+  for (int64_t r = 0; r < fn * N; r++, rows += O, to += W) {
+    if (r % N == N - 1) continue;  // no row above
+    if (width == W) {
+      UNROLL for (int v = 0; v < V; v++) *(vec<float>*)(to + v * L) = pair_rows(rows + v * L, rows + O + v * L);
+    } else {
+      BFloat16 padded[2][W] = {};
+      for (int k : {0, 1}) memcpy(padded[k], rows + k * O, width * sizeof(BFloat16));
+      for (int v = 0; v < V; v++) *(vec<float>*)(to + v * L) = pair_rows(padded[0] + v * L, padded[1] + v * L);
+    }
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -325,8 +376,8 @@ template <class S> int64_t tokens_in_cache(int W, int fraction, int64_t least) {
 // Room for n tokens, sorted: whole vectors, and the entries to look ahead at.
 inline int64_t sorted_size(int64_t n) { return (n + 2 * AHEAD - 1) / AHEAD * AHEAD; }
 
-// The look-ups of n tokens: features [0, packed) by token, token b's at b * stride; the others, the riders, sorted, rider
-// k's order and t at k * size, its starts at k * (N + 1).
+// The look-ups of n tokens: features [0, packed) by token, token b's at b * stride; the others, the riders, sorted,
+// rider k's order and t at k * size, its starts at k * (N + 1).
 template <class S> struct LookUps {
   int64_t n, packed;
   const int32_t* row;
@@ -350,11 +401,11 @@ INLINE const S* rows_of(const T* table, const Layer<S>& layer, int64_t f, int64_
 
 
 
-// One tile of outputs for all n tokens, pass by pass: FB features from a packed block, and one rider, whose interval the
-// tokens of a pass are sorted by. Sums rest in y_tile between passes.
-template <class S, class T, int V>
-void forward_tile(const Layer<S>& layer, const T* table, int64_t o0, const LookUps<S>& at, int FB, S* tile, S* rider_tile,
-                  S* y_tile, S* y) {
+// One tile of outputs for all n tokens, pass by pass: FB features from a packed block, and one rider, whose interval
+// the tokens of a pass are sorted by. Sums rest in y_tile between passes.
+template <class S, class T, int V, bool paired>
+void forward_tile(const Layer<S>& layer, const T* table, int64_t o0, const LookUps<S>& at, int FB, S* tile,
+                  S* rider_tile, S* y_tile, S* y) {
   constexpr int L = lanes<S>, W = V * L;
   const int64_t N = layer.N, F = layer.F, O = layer.O, n = at.n;
   const int width = std::min<int64_t>(W, O - o0);
@@ -363,8 +414,10 @@ void forward_tile(const Layer<S>& layer, const T* table, int64_t o0, const LookU
   for (int64_t pass = 0; pass < std::max(blocks, riders); pass++) {
     const int64_t f0 = pass * FB;
     const int fn = std::clamp<int64_t>(at.packed - f0, 0, FB);
-    if (fn) pack<S, T, V>(table + f0 * N * O + o0, fn * N, O, width, tile);
-    auto visit = [&](int64_t b, auto rides, const vec<S>* below, const vec<S>* rise, S rider_t) __attribute__((always_inline)) {
+    if constexpr (paired) pack_pairs<V>(table + f0 * N * O + o0, fn, N, O, width, tile);
+    else if (fn) pack<S, T, V>(table + f0 * N * O + o0, fn * N, O, width, tile);
+    auto visit = [&](int64_t b, auto rides, const vec<S>* below, const vec<S>* rise, S rider_t)
+        __attribute__((always_inline)) {
       S* sum = y_tile + b * W;
       vec<S> acc[V], other[V];  // with few accumulators the latency of the additions would show: take two sets
       UNROLL for (int v = 0; v < V; v++) {
@@ -381,6 +434,10 @@ void forward_tile(const Layer<S>& layer, const T* table, int64_t o0, const LookU
         const S* c = tile + row[f];
         vec<S> above_t = broadcast<S>(ts[f]);
         KEEP(above_t);
+        if constexpr (paired) {
+          UNROLL for (int v = 0; v < V; v++) acc[v] = paired_dot(acc[v], *(vec<S>*)(c + v * L), above_t);
+          continue;
+        }
         const vec<S> below_t = S(1) - above_t;
         UNROLL for (int v = 0; v < V; v++) {
           acc[v] += below_t * *(vec<S>*)(c + v * L);
@@ -429,13 +486,13 @@ void forward_tile(const Layer<S>& layer, const T* table, int64_t o0, const LookU
   for (int64_t b = 0; b < n; b++) memcpy(y + b * O + o0, y_tile + b * W, width * sizeof(S));
 }
 
-// Features [f0, f1) of all tokens, added up in sum (B, O_padded). Four features at a time, so that the sums pass through
+// Features [f0, f1) of all tokens, added up in sum (B, padded). Four features at a time, so that the sums pass through
 // the registers once for eight rows of the table.
 template <class S, class T>
-void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f0, int64_t f1, S* sum, int64_t O_padded) {
+void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f0, int64_t f1, S* sum, int64_t padded) {
   constexpr int L = lanes<S>, GANG = 4;
   const int64_t N = layer.N, O = layer.O, whole = O / L * L;
-  std::fill(sum, sum + layer.B * O_padded, S(0));
+  std::fill(sum, sum + layer.B * padded, S(0));
   for (int64_t f = f0; f < f1; f += GANG) {
     const int gang = std::min<int64_t>(GANG, f1 - f);
     for (int64_t b = 0; b < layer.B; b++) {
@@ -455,11 +512,14 @@ void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f
         }
       }
       for (int k = gang; k < GANG; k++) c[k] = c[0];  // with weight zero
-      S* y = sum + b * O_padded;
+      S* y = sum + b * padded;
       for (int64_t o = 0; o < whole; o += L) {
         vec<S> acc = *(vec<S>*)(y + o);
         UNROLL for (int k = 0; k < GANG; k++) {
-          if (k < gang) acc += broadcast<S>(below[k]) * load<S>(c[k] + o) + broadcast<S>(above[k]) * load<S>(c[k] + O + o);
+          if (k < gang) {
+            acc += broadcast<S>(below[k]) * load<S>(c[k] + o);
+            acc += broadcast<S>(above[k]) * load<S>(c[k] + O + o);
+          }
         }
         *(vec<S>*)(y + o) = acc;
       }
@@ -486,14 +546,14 @@ template <class F> INLINE void with_tile(int V, F f) {
 }
 constexpr int TILES[] = {8, 6, 4, 3, 2, 1};
 
-template <class S, class T> void forward(const Layer<S>& layer, const S* x, const T* table, S* y) {
+template <class S, class T, bool paired> void forward(const Layer<S>& layer, const S* x, const T* table, S* y) {
   constexpr int L = lanes<S>;
   const int64_t B = layer.B, F = layer.F, O = layer.O, N = layer.N;
   const int threads = thread_count(2.0 * B * F * O);
 
   if (B <= std::clamp<int64_t>(2 * N, 8, 256)) {  // measured: up to 2 N to 3 N tokens, at C = 128 and 768, N = 8 to 256
     const int64_t padded = (O + L - 1) / L * L + L;
-    common.reserve(Scratch::room<S>(threads * B * padded));
+    common.clear();
     S* share = common.take<S>(threads * B * padded);
 #pragma omp parallel num_threads(threads)
     {
@@ -511,9 +571,12 @@ template <class S, class T> void forward(const Layer<S>& layer, const S* x, cons
   }
 
   // Threads share out tiles of outputs and, where there are too few of them, groups of tokens. In cycles, per feature:
-  const int64_t limit = tokens_in_cache<S>(8 * L, 2, N > 32 ? 16 * N : 0);
+  const int64_t limit =
+      std::min(tokens_in_cache<S>(8 * L, 2, N > 32 ? 16 * N : 0), std::max<int64_t>(128, (1 << 24) / F));
   const int64_t blocks = (B + limit - 1) / limit, block = (B + blocks - 1) / blocks;
-  const auto block_features = [&](int v) { return N > 24 ? 0 : std::min<int64_t>(FIRST_LEVEL / (N * v * L * sizeof(S)), 16); };
+  const auto block_features = [&](int v) -> int64_t {
+    return N > 24 ? 0 : std::min<int64_t>(FIRST_LEVEL / (N * v * L * sizeof(S)), 16);
+  };
   int V = 1;
   int64_t parts = 1;
   double best = 1e300;
@@ -530,8 +593,7 @@ template <class S, class T> void forward(const Layer<S>& layer, const S* x, cons
   const int64_t riders = F / (FB + 1), packed = F - riders;
   const int64_t m = sorted_size(n_max), stride = (packed + 15) / 16 * 16 + 16;
 
-  common.reserve(Scratch::room<int32_t>(stride) + 2 * Scratch::room<S>(block * stride) + 2 * Scratch::room<S>(parts * riders * m) +
-                 Scratch::room<int32_t>(parts * riders * (N + 1)));
+  common.clear();
   int32_t* begin = common.take<int32_t>(stride);
   int32_t *row = common.take<int32_t>(block * stride), *order = common.take<int32_t>(parts * riders * m);
   S *t = common.take<S>(block * stride), *rider_t = common.take<S>(parts * riders * m);
@@ -540,7 +602,7 @@ template <class S, class T> void forward(const Layer<S>& layer, const S* x, cons
 
 #pragma omp parallel num_threads(threads)
   {
-    own.reserve(Scratch::room<S>(FB * N * W) + Scratch::room<S>(N * W) + Scratch::room<S>(n_max * W) + Scratch::room<int32_t>(m));
+    own.clear();
     S *tile = own.take<S>(FB * N * W), *rider_tile = own.take<S>(N * W), *y_tile = own.take<S>(n_max * W);
     int32_t* interval = own.take<int32_t>(m);
     for (int64_t first = 0; first < B; first += block) {
@@ -549,19 +611,22 @@ template <class S, class T> void forward(const Layer<S>& layer, const S* x, cons
       const auto begins = [&](int64_t k) { return first + n * k / parts; };
 #pragma omp for schedule(static) nowait
       for (int64_t b = 0; b < n; b++)
-        find_rows(x + (first + b) * F, packed, layer, begin, W, row + b * stride, t + b * stride);
+        find_rows<S, paired>(x + (first + b) * F, packed, layer, begin, W, row + b * stride, t + b * stride);
 #pragma omp for schedule(static)
       for (int64_t z = 0; z < parts * riders; z++) {
         const int64_t k = z / riders, f = packed + z % riders;
-        sort_tokens(x + begins(k) * F + f, begins(k + 1) - begins(k), layer, order + z * m, start + z * (N + 1), rider_t + z * m, interval);
+        sort_tokens(x + begins(k) * F + f, begins(k + 1) - begins(k), layer, order + z * m, start + z * (N + 1),
+                    rider_t + z * m, interval);
       }
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < tiles * parts; task++) {
         const int64_t o0 = task / parts * W, k = task % parts, r = k * riders;
         const int64_t skipped = (begins(k) - first) * stride;
-        const LookUps<S> at{begins(k + 1) - begins(k), packed, row + skipped, t + skipped, stride, order + r * m, start + r * (N + 1), rider_t + r * m, m};
+        const LookUps<S> at{begins(k + 1) - begins(k), packed, row + skipped, t + skipped, stride,
+                            order + r * m, start + r * (N + 1), rider_t + r * m, m};
         with_tile(V, [&](auto v) {
-          forward_tile<S, T, decltype(v)::value>(layer, table, o0, at, FB, tile, rider_tile, y_tile, y + begins(k) * O);
+          forward_tile<S, T, decltype(v)::value, paired>(layer, table, o0, at, FB, tile, rider_tile, y_tile,
+                                                         y + begins(k) * O);
         });
       }
     }
@@ -572,6 +637,9 @@ template <class S, class T> void forward(const Layer<S>& layer, const S* x, cons
 // Backward
 
 enum class Write { once, streamed, added };
+using write_once = std::integral_constant<Write, Write::once>;
+using write_streamed = std::integral_constant<Write, Write::streamed>;
+using write_added = std::integral_constant<Write, Write::added>;
 
 // One feature, one tile of outputs, n tokens of g. along: for each token the vector whose sum over its numbers and all
 // tiles is <g, C[i + 1] - C[i]>; begun in the first tile.
@@ -616,7 +684,8 @@ void sorted_backward(int N, const S* c, int64_t c_stride, S* d, int64_t d_stride
   UNROLL for (int v = 0; v < V; v++) put(v, carry[v]);
 }
 
-template <class S, class T> void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* dx, S* dtable) {
+template <class S, class T>
+void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* dx, S* dtable) {
   constexpr int L = lanes<S>, V_most = VECTOR_BYTES == 32 ? 4 : 8;  // three registers a vector: 16 are there, or 32
   const int64_t B = layer.B, F = layer.F, O = layer.O, N = layer.N;
   const int threads = thread_count(3.0 * B * F * O);
@@ -637,15 +706,15 @@ template <class S, class T> void backward(const Layer<S>& layer, const S* g, con
   const bool aligned = O * sizeof(S) % VECTOR_BYTES == 0;
   const bool streamed = blocks == 1 && aligned && F * N * O * int64_t(sizeof(S)) >= 4 << 20;
 
-  common.reserve(Scratch::room<S>(blocks_a_pass * tiles * n_max * W));
+  common.clear();
   S* packed = common.take<S>(blocks_a_pass * tiles * n_max * W);
 
 #pragma omp parallel num_threads(threads)
   {
     const int64_t m = sorted_size(n_max);
-    own.reserve(Scratch::room<int32_t>(FB * m + m + FB * (N + 1)) + 2 * Scratch::room<S>(FB * m) + Scratch::room<vec<S>>(FB * m) +
-                2 * Scratch::room<S>(N * W) + 256);
-    int32_t *order = own.take<int32_t>(FB * m), *interval = own.take<int32_t>(m), *start = own.take<int32_t>(FB * (N + 1));
+    own.clear();
+    int32_t *order = own.take<int32_t>(FB * m), *start = own.take<int32_t>(FB * (N + 1));
+    int32_t* interval = own.take<int32_t>(m);
     S *t = own.take<S>(FB * m), *dots = own.take<S>(FB * m), *tile = own.take<S>(N * W), *d_tile = own.take<S>(N * W);
     vec<S>* along = own.take<vec<S>>(FB * m);
     for (int64_t b = 0; b < FB * m; b++) along[b] = vec<S>{};
@@ -656,7 +725,8 @@ template <class S, class T> void backward(const Layer<S>& layer, const S* g, con
       for (int64_t z = 0; z < in_pass * tiles; z++) {
         const int64_t b0 = (first + z / tiles) * n_max, o0 = z % tiles * W;
         with_tile(V, [&](auto v) {
-          pack<S, S, decltype(v)::value>(g + b0 * O + o0, std::min(n_max, B - b0), O, std::min(W, O - o0), packed + z * n_max * W);
+          pack<S, S, decltype(v)::value>(g + b0 * O + o0, std::min(n_max, B - b0), O, std::min(W, O - o0),
+                                         packed + z * n_max * W);
         });
       }
 #pragma omp for schedule(dynamic)
@@ -676,17 +746,22 @@ template <class S, class T> void backward(const Layer<S>& layer, const S* g, con
                   int64_t stride;
                   const S* c = rows_of<S, T, V>(table, layer, f0 + f, o0, tile, stride);
                   S* d = dtable + (f0 + f) * N * O + o0;
-                  const int32_t *o = order + f * m, *s = start + f * (N + 1);
-                  if (o0 + W > O) {
-                    sorted_backward<S, V, Write::once>(N, c, stride, d_tile, W, g_tile, o, s, t + f * m, k == 0, along + f * m);
+                  const auto run = [&](auto write, S* d, int64_t d_stride) {
+                    sorted_backward<S, V, decltype(write)::value>(N, c, stride, d, d_stride, g_tile, order + f * m,
+                                                                  start + f * (N + 1), t + f * m, k == 0,
+                                                                  along + f * m);
+                  };
+                  if (o0 + W > O) {  // the last tile, if narrower
+                    run(write_once(), d_tile, W);
                     for (int64_t r = 0; r < N; r++)
-                      for (int64_t j = 0; j < O - o0; j++) d[r * O + j] = (block ? d[r * O + j] : S(0)) + d_tile[r * W + j];
+                      for (int64_t j = 0; j < O - o0; j++)
+                        d[r * O + j] = (block ? d[r * O + j] : S(0)) + d_tile[r * W + j];
                   } else if (block) {
-                    sorted_backward<S, V, Write::added>(N, c, stride, d, O, g_tile, o, s, t + f * m, k == 0, along + f * m);
+                    run(write_added(), d, O);
                   } else if (streamed) {
-                    sorted_backward<S, V, Write::streamed>(N, c, stride, d, O, g_tile, o, s, t + f * m, k == 0, along + f * m);
+                    run(write_streamed(), d, O);
                   } else {
-                    sorted_backward<S, V, Write::once>(N, c, stride, d, O, g_tile, o, s, t + f * m, k == 0, along + f * m);
+                    run(write_once(), d, O);
                   }
                 }
               });
@@ -700,7 +775,7 @@ template <class S, class T> void backward(const Layer<S>& layer, const S* g, con
       }
     }
 #ifdef __AVX2__
-    __builtin_ia32_sfence();  // streamed stores are not ordered by the barrier
+    _mm_sfence();  // streamed stores are not ordered by the barrier
 #endif
   }
 }
@@ -723,14 +798,20 @@ template <class Run> void with_types(const Tensor& x, const Tensor& table, Run r
   run(float(), BFloat16());
 }
 
-Tensor spline(const Tensor& x_, const Tensor& table_, double width) {
+// rounded: with a bfloat16 table, positions and slopes may be rounded to bfloat16 where that is faster.
+Tensor spline(const Tensor& x_, const Tensor& table_, double width, bool rounded) {
   const Tensor x = x_.contiguous(), table = table_.contiguous();
   Tensor y = at::empty({x.size(0), table.size(2)}, x.options());
   with_types(x, table, [&](auto s, auto t) {
     using S = decltype(s);
     using T = decltype(t);
     const auto layer = describe<S>(x, table, width);
-    if (y.numel()) forward<S, T>(layer, x.const_data_ptr<S>(), table.const_data_ptr<T>(), y.data_ptr<S>());
+    if (!y.numel()) return;
+    const S* xs = x.const_data_ptr<S>();
+    const T* c = table.const_data_ptr<T>();
+    if constexpr (HAS_PAIRS && std::is_same_v<T, BFloat16>)
+      if (rounded) return forward<S, T, true>(layer, xs, c, y.data_ptr<S>());
+    forward<S, T, false>(layer, xs, c, y.data_ptr<S>());
   });
   return y;
 }
@@ -782,7 +863,7 @@ TORCH_LIBRARY(splinegpt_cpu, m) {
   m.def("threads() -> int", &threads);
   m.def("instruction_set() -> str", &instruction_set);
   m.def("release_memory() -> ()", &release_memory);
-  m.def("spline(Tensor x, Tensor table, float width) -> Tensor");
+  m.def("spline(Tensor x, Tensor table, float width, bool rounded=False) -> Tensor");
   m.def("spline_backward(Tensor g, Tensor x, Tensor table, float width) -> (Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(splinegpt_cpu, CPU, m) {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import reference
 from test_kan_layer import assert_matches_reference
 
 import kan_kernels
@@ -241,3 +242,17 @@ def test_a_numpy_reference_is_not_the_only_witness():
     for a, b in zip(gradients(layer, x, g), gradients(exact, x.double(), g.double()), strict=True):
         off = (a.double() - b).abs() / b.abs().max()
         assert np.quantile(off.detach().numpy(), 0.999) < 1e-5  # a knot or two may fall on the other side
+
+
+@pytest.mark.parametrize(
+    "B, F, N, O", [(100, 5, 8, 70), (100, 30, 16, 200), (40, 6, 3, 130), (100, 20, 40, 64), (2, 9, 8, 33)]
+)
+def test_bfloat16_inference_rounds_positions_and_slopes_at_most(B, F, N, O):
+    layer, x, g = make(B, F, N, O, torch.bfloat16)
+    with torch.no_grad():
+        y = layer(x).double().numpy()
+    want, *_, size, _, _ = reference(
+        *(a.double().detach().numpy() for a in (x, layer.kan_weight)), 4.0, g.double().numpy()
+    )
+    assert (np.abs(y - want) <= 2**-8 * (size + np.abs(want))).all()
+    assert np.linalg.norm(y - want) < 0.005 * np.linalg.norm(want)
