@@ -187,6 +187,9 @@ class Timer:
         self.fwd = self.both = self.bwd = math.inf
         self.spent, self.turns = 0.0, 0
         self.forward(), self.forward_backward()  # compiles, allocates
+        if self.both > 3:  # so slow that once is enough
+            self.spent, self.bytes = math.inf, math.nan
+            return
         self.fwd = self.both = self.bwd = math.inf
         for p in (*module.parameters(), *self.xs):
             p.grad = None

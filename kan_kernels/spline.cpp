@@ -345,7 +345,7 @@ INLINE void pack(const T* rows, int64_t count, int64_t O, int width, S* to) {
 }
 
 constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4
-constexpr size_t FIRST_LEVEL = 36 * 1024;         // a packed block
+constexpr size_t FIRST_LEVEL = 32 * 1024;         // bytes of a packed block
 
 // How many tokens of a tile W wide to take at a time: what fills a fraction of the second-level cache, but enough to
 // give an interval some work (least), for which the third level is near enough, up to 4096.
@@ -699,7 +699,7 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
   const int64_t W = V * L, tiles = (O + W - 1) / W;
   // g is copied tile by tile, n_max tokens at a time: a block of a tile stays in the second-level cache while the
   // features pass. Passes keep the copy below 16 MB.
-  const int64_t limit = tokens_in_cache<S>(W, 4, 32 * N);
+  const int64_t limit = tokens_in_cache<S>(W, 6, 32 * N);
   const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks;
   const int64_t blocks_a_pass = std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(S)), 1, blocks);
   const int64_t FB = std::clamp<int64_t>(F / (4 * threads), 1, 8);
