@@ -699,7 +699,7 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
   const int64_t W = V * L, tiles = (O + W - 1) / W;
   // g is copied tile by tile, n_max tokens at a time: a block of a tile stays in the second-level cache while the
   // features pass. Passes keep the copy below 16 MB.
-  const int64_t limit = tokens_in_cache<S>(W, 6, 32 * N);
+  const int64_t limit = tokens_in_cache<S>(W, 5, 32 * N);
   const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks;
   const int64_t blocks_a_pass = std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(S)), 1, blocks);
   const int64_t FB = std::clamp<int64_t>(F / (4 * threads), 1, 8);
