@@ -469,10 +469,7 @@ def sampling(options):
 
 def nanogpt(folder, size):
     """The model of a clone of nanoGPT, as its sample.py has it."""
-    path = Path(folder) / "model.py"
-    if not path.exists():
-        raise ValueError(f"no nanoGPT in {folder}: {path} is missing; clone github.com/karpathy/nanoGPT")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)
@@ -515,6 +512,8 @@ def main(arguments):
     options = cli.parse(Options, arguments)
     if min(options.features + options.tokens) < 1 or min(options.points) < 2:
         raise ValueError("features and tokens must be at least 1, points at least 2")
+    if options.nanogpt and not (Path(options.nanogpt) / "model.py").exists():
+        raise ValueError(f"no nanoGPT in {options.nanogpt}: it has no model.py; clone github.com/karpathy/nanoGPT")
     warnings.filterwarnings("ignore")  # what other libraries have to say about themselves
     kernels = torch.ops.splinegpt_cpu.instruction_set() if kan_kernels.available() else "no kernels"
     machine = dict(

@@ -1,0 +1,41 @@
+"""bench.py runs and says what it measured; how fast anything is, no test asserts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def bench(*arguments):
+    return subprocess.run([sys.executable, "bench.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_layers_are_measured_and_written(tmp_path):
+    out = tmp_path / "bench.json"
+    shapes = ("--features", "16", "--points", "8", "--tokens", "1", "40", "--only", "kanditioned embedding_bag", "nn")
+    done = bench(*shapes, "--seconds", "0.01", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    names = {record["name"] for record in report["layers"]}
+    assert names == {"splinegpt", "kanditioned embedding_bag", "nn.Linear"}
+    assert all(0 < record["fwd"] < record["fwd_bwd"] for record in report["layers"])
+    assert [row["tokens"] for row in report["summary"]] == [1, 40]
+    assert done.stdout.count("| splinegpt |") == 2 and report["threads"] >= 1
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--points", "1"], "points at least 2"),
+        (["--token", "8"], "unknown option --token; did you mean tokens?"),
+        (["--model", "--nanogpt", "nowhere"], "no nanoGPT in nowhere"),
+    ],
+)
+def test_mistakes_in_one_line(arguments, message):
+    done = bench(*arguments)
+    assert done.returncode == 1 and message in done.stderr.splitlines()[-1]
