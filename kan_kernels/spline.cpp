@@ -143,6 +143,13 @@ INLINE vec<float> pair_weights(vec<float> t) { return t; }
 INLINE vec<float> pair_rows(const BFloat16*, const BFloat16*) { return {}; }
 #endif
 
+// a[0], b[0], a[1], b[1], ...
+template <class S, size_t... I> INLINE void interleave(vec<S> a, vec<S> b, S* to, std::index_sequence<I...>) {
+  constexpr int L = lanes<S>;
+  store(to, __builtin_shufflevector(a, b, int(I % 2 * L + I / 2)...));
+  store(to + L, __builtin_shufflevector(a, b, int(I % 2 * L + L / 2 + I / 2)...));
+}
+
 // The sums of L vectors, as one vector.
 template <class S, int n = lanes<S>> INLINE vec<S> sums(const vec<S>* p) {
   if constexpr (n == 1) return *p;
@@ -268,15 +275,22 @@ template <class S> INLINE void locate(vec<S> x, const Layer<S>& layer, typename 
   t = u - __builtin_convertvector(i, vec<S>);
 }
 
-// One token's look-ups for features [0, count): row, the offset of C[f, i] in a packed block where the curve of feature
-// f begins at begin[f] and rows are W numbers apart, and t, or with `paired` the pair (1, t). Writes whole vectors.
+// What a look-up needs: the offset of C[f, i] in a packed block, and t, or the pair (1, t). Side by side, they are one
+// line of memory for the eight features of a pass.
+template <class S> struct LookUp {
+  std::conditional_t<sizeof(S) == 4, int32_t, int64_t> row;
+  S t;
+};
+
+// One token's look-ups for features [0, count). The curve of feature f begins at begin[f] of its block, rows are W
+// numbers apart. Writes whole vectors.
 template <class S, bool paired>
-void find_rows(const S* x, int64_t count, const Layer<S>& layer, const int32_t* begin, int W, int32_t* row, S* t) {
+void find_rows(const S* x, int64_t count, const Layer<S>& layer, const int32_t* begin, int W, LookUp<S>* to) {
   constexpr int L = lanes<S>;
+  typedef typename Types<S>::ints ints;
   typedef typename Types<S>::ints32 ints32;
   for (int64_t f = 0; f < count; f += L) {
     vec<S> xs;
-    typename Types<S>::ints i;
     if (f + L <= count) {
       xs = load<S>(x + f);
     } else {
@@ -284,11 +298,12 @@ void find_rows(const S* x, int64_t count, const Layer<S>& layer, const int32_t* 
       memcpy(padded, x + f, (count - f) * sizeof(S));
       xs = load<S>(padded);
     }
-    vec<S> ts;
-    locate<S>(xs, layer, i, ts);
-    if constexpr (paired) ts = pair_weights(ts);
-    *(vec<S>*)(t + f) = ts;
-    *(ints32*)(row + f) = __builtin_convertvector(i, ints32) * W + *(const ints32*)(begin + f);
+    ints i;
+    vec<S> t;
+    locate<S>(xs, layer, i, t);
+    if constexpr (paired) t = pair_weights(t);
+    const vec<S> row = (vec<S>)(i * W + __builtin_convertvector(*(const ints32*)(begin + f), ints));
+    interleave<S>(row, t, (S*)(to + f), std::make_index_sequence<L>());
   }
 }
 
@@ -380,8 +395,7 @@ inline int64_t sorted_size(int64_t n) { return (n + 2 * AHEAD - 1) / AHEAD * AHE
 // rider k's order and t at k * size, its starts at k * (N + 1).
 template <class S> struct LookUps {
   int64_t n, packed;
-  const int32_t* row;
-  const S* t;
+  const LookUp<S>* found;
   int64_t stride;
   const int32_t *order, *start;
   const S* rider_t;
@@ -428,11 +442,10 @@ void forward_tile(const Layer<S>& layer, const T* table, int64_t o0, const LookU
         const vec<S> t = broadcast<S>(rider_t);
         UNROLL for (int v = 0; v < V; v++) acc[v] += below[v] + t * rise[v];
       }
-      const int32_t* row = at.row + b * at.stride + f0;
-      const S* ts = at.t + b * at.stride + f0;
+      const LookUp<S>* found = at.found + b * at.stride + f0;
       for (int f = 0; f < fn; f++) {
-        const S* c = tile + row[f];
-        vec<S> above_t = broadcast<S>(ts[f]);
+        const S* c = tile + found[f].row;
+        vec<S> above_t = broadcast<S>(found[f].t);
         KEEP(above_t);
         if constexpr (paired) {
           UNROLL for (int v = 0; v < V; v++) acc[v] = paired_dot(acc[v], *(vec<S>*)(c + v * L), above_t);
@@ -473,8 +486,7 @@ void forward_tile(const Layer<S>& layer, const T* table, int64_t o0, const LookU
         UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(ahead + v * L, 1);
         const int64_t b = order[q];
         if (fn) {
-          __builtin_prefetch(at.row + order[q + TOKENS_AHEAD] * at.stride + f0);
-          __builtin_prefetch(at.t + order[q + TOKENS_AHEAD] * at.stride + f0);
+          __builtin_prefetch(at.found + order[q + TOKENS_AHEAD] * at.stride + f0);
           visit(b, std::true_type(), below, rise, t[b]);
         } else {
           const vec<S> ts = broadcast<S>(t[b]);
@@ -575,7 +587,8 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
       std::min(tokens_in_cache<S>(8 * L, 2, N > 32 ? 16 * N : 0), std::max<int64_t>(128, (1 << 24) / F));
   const int64_t blocks = (B + limit - 1) / limit, block = (B + blocks - 1) / blocks;
   const auto block_features = [&](int v) -> int64_t {
-    return N > 24 ? 0 : std::min<int64_t>(FIRST_LEVEL / (N * v * L * sizeof(S)), 16);
+    const int64_t fit = N > 24 ? 0 : std::min<int64_t>(FIRST_LEVEL / (N * v * L * sizeof(S)), 16);
+    return fit < 8 ? fit : fit / 8 * 8;
   };
   int V = 1;
   int64_t parts = 1;
@@ -595,8 +608,9 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
 
   common.clear();
   int32_t* begin = common.take<int32_t>(stride);
-  int32_t *row = common.take<int32_t>(block * stride), *order = common.take<int32_t>(parts * riders * m);
-  S *t = common.take<S>(block * stride), *rider_t = common.take<S>(parts * riders * m);
+  LookUp<S>* found = common.take<LookUp<S>>(block * stride);
+  int32_t* order = common.take<int32_t>(parts * riders * m);
+  S* rider_t = common.take<S>(parts * riders * m);
   int32_t* start = common.take<int32_t>(parts * riders * (N + 1));
   for (int64_t f = 0; f < packed; f++) begin[f] = f % FB * N * W;
 
@@ -611,7 +625,7 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
       const auto begins = [&](int64_t k) { return first + n * k / parts; };
 #pragma omp for schedule(static) nowait
       for (int64_t b = 0; b < n; b++)
-        find_rows<S, paired>(x + (first + b) * F, packed, layer, begin, W, row + b * stride, t + b * stride);
+        find_rows<S, paired>(x + (first + b) * F, packed, layer, begin, W, found + b * stride);
 #pragma omp for schedule(static)
       for (int64_t z = 0; z < parts * riders; z++) {
         const int64_t k = z / riders, f = packed + z % riders;
@@ -622,7 +636,7 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
       for (int64_t task = 0; task < tiles * parts; task++) {
         const int64_t o0 = task / parts * W, k = task % parts, r = k * riders;
         const int64_t skipped = (begins(k) - first) * stride;
-        const LookUps<S> at{begins(k + 1) - begins(k), packed, row + skipped, t + skipped, stride,
+        const LookUps<S> at{begins(k + 1) - begins(k), packed, found + skipped, stride,
                             order + r * m, start + r * (N + 1), rider_t + r * m, m};
         with_tile(V, [&](auto v) {
           forward_tile<S, T, decltype(v)::value, paired>(layer, table, o0, at, FB, tile, rider_tile, y_tile,
