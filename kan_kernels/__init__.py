@@ -2,7 +2,8 @@
 
 Built on first use (about 20 seconds, once) or ahead of it with `python -m kan_kernels`, and kept in
 $SPLINEGPT_CACHE, by default ~/.cache/splinegpt, under a name that changes with the source, the compiler, the CPU and
-PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX names.
+PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX names. $SPLINEGPT_MARCH is the compiler's
+-march, if it should be another than native (x86-64-v3: any CPU with AVX2).
 
     spline(x, table, spline_width, rounded=False) -> y
 
@@ -28,8 +29,8 @@ import torch
 
 SOURCE = Path(__file__).with_name("spline.cpp")
 # Products and sums may be fused, errno and floating-point traps are nobody's concern; NaN and infinities are kept.
-FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
-FLAGS += ["-fopenmp", "-Wno-psabi"]
+FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp"]
+FLAGS += ["-Wno-psabi", f"-march={os.environ.get('SPLINEGPT_MARCH') or 'native'}"]
 
 
 def compiler():

@@ -140,7 +140,7 @@ INLINE vec<float> pair_rows(const BFloat16* below, const BFloat16* above) {
 constexpr bool HAS_PAIRS = false;
 INLINE vec<float> paired_dot(vec<float> acc, vec<float>, vec<float>) { return acc; }
 INLINE vec<float> pair_weights(vec<float> t) { return t; }
-INLINE vec<float> pair_rows(const BFloat16*, const BFloat16*) { return {}; }
+INLINE vec<float> pair_rows(const BFloat16*, const BFloat16*) { return vec<float>{}; }
 #endif
 
 // a[0], b[0], a[1], b[1], ...

@@ -1,6 +1,7 @@
 """The C++ kernels (kan_kernels/) at the shapes where they change their ways, and how they are built."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -227,6 +228,43 @@ def test_another_cpu_or_compiler_is_another_build(monkeypatch):
     here = kan_kernels.library(command)
     monkeypatch.setattr(kan_kernels, "cpu", lambda: "flags: none")
     assert kan_kernels.library(command) != here
+
+
+CHECK = """
+import torch, kan_kernels
+from kan_layer import KANLayer
+assert kan_kernels.available()
+torch.manual_seed(0)
+for B, F, N, O in ((3, 40, 8, 70), (300, 33, 8, 200), (300, 20, 40, 75), (1200, 9, 3, 16)):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        exact = KANLayer(F, O, num_control_points=N, impl="dense", dtype=torch.float64)
+        exact.kan_weight.data.normal_()
+        exact.kan_weight.data = exact.kan_weight.data.to(dtype).double()
+        layer = KANLayer(F, O, num_control_points=N, impl="cpp", dtype=dtype)
+        layer.kan_weight.data.copy_(exact.kan_weight)
+        x, g = torch.rand(B, F).to(dtype) * 3, torch.randn(B, O).to(dtype)
+        results = []
+        for module, kind in ((layer, dtype), (exact, torch.float64)):
+            a = x.to(kind).requires_grad_()
+            y = module(a)
+            results.append([y, *torch.autograd.grad(y, (a, module.kan_weight), g.to(kind))])
+        for got, want in zip(*results):
+            assert (got - want).norm() < {2: 3e-3, 4: 1e-5, 8: 1e-13}[dtype.itemsize] * want.norm(), (B, F, N, O, dtype)
+print(torch.ops.splinegpt_cpu.instruction_set())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 instruction sets")
+@pytest.mark.parametrize(
+    "march, name, flag",
+    [("x86-64-v4", "AVX-512", "avx512bw"), ("x86-64-v3", "AVX2", "avx2"), ("x86-64", "128-bit vectors", "sse2")],
+)
+def test_cpus_with_less_are_served_too(march, name, flag, tmp_path):
+    if flag not in kan_kernels.cpu().split():
+        pytest.skip(f"this CPU has no {name}")
+    done = python("-c", CHECK, SPLINEGPT_MARCH=march, SPLINEGPT_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == name
 
 
 def test_importing_builds_nothing(tmp_path):
