@@ -413,8 +413,6 @@ INLINE const S* rows_of(const T* table, const Layer<S>& layer, int64_t f, int64_
   return stride = W, tile;
 }
 
-
-
 // One tile of outputs for all n tokens, pass by pass: FB features from a packed block, and one rider, whose interval
 // the tokens of a pass are sorted by. Sums rest in y_tile between passes.
 template <class S, class T, int V, bool paired>
@@ -430,6 +428,7 @@ void forward_tile(const Layer<S>& layer, const T* table, int64_t o0, const LookU
     const int fn = std::clamp<int64_t>(at.packed - f0, 0, FB);
     if constexpr (paired) pack_pairs<V>(table + f0 * N * O + o0, fn, N, O, width, tile);
     else if (fn) pack<S, T, V>(table + f0 * N * O + o0, fn * N, O, width, tile);
+
     auto visit = [&](int64_t b, auto rides, const vec<S>* below, const vec<S>* rise, S rider_t)
         __attribute__((always_inline)) {
       S* sum = y_tile + b * W;
