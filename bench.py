@@ -255,21 +255,27 @@ def take_turns(timers, seconds):
         pass
 
 
-def measure(tokens, inputs, outputs, N, options, **timing):
-    """{name: Timer} and the matrix product's Gemm for one shape."""
-    timers = {}
+def chosen(tokens, inputs, outputs, N, options):
+    """(name, make) of the contenders that are wanted, installed and fit into memory; ours always."""
     for name, (_, make, floats) in CONTENDERS.items():
         wanted = not options.only or name == "splinegpt" or name.startswith(options.only)
         if not wanted or not installed(name) or (name == "inkan" and N < 5):
-            continue
-        if name == "MLP compiled" and tokens < 768:  # one call of the compiled code costs as much as the product
             continue
         needed = 4 * (floats(tokens, inputs, outputs, N) if floats else 0)
         if needed > MOST_MEMORY:
             print(f"{name}: left out at {tokens} x {inputs} -> {outputs}, N = {N}: it holds {needed / 1e9:.0f} GB")
             continue
         torch.manual_seed(0)
-        timers[name] = Timer(make(inputs, outputs, N), inputs, outputs, tokens, **timing)
+        yield name, make
+
+
+def measure(tokens, inputs, outputs, N, options):
+    """{name: Timer} and the matrix product's Gemm for one shape."""
+    timers = {}
+    for name, make in chosen(tokens, inputs, outputs, N, options):
+        if name == "MLP compiled" and tokens < 768:  # one call of the compiled code costs as much as the product
+            continue
+        timers[name] = Timer(make(inputs, outputs, N), inputs, outputs, tokens)
     gemm = Gemm()
     take_turns([*timers.values(), gemm], options.seconds)
     return timers, gemm
@@ -481,16 +487,9 @@ def kan_benchmarking(options):
     """https://github.com/Jerry-Master/KAN-benchmarking: two layers, the input without gradient, forward and backward
     timed apart."""
     timers, total = {}, {}
-    for name, (_, make, floats) in CONTENDERS.items():
-        if (
-            name in ("nn.Linear", "pykan")
-            or not installed(name)
-            or (options.only and not name.startswith(options.only))
-        ):
+    for name, make in chosen(100, 1000, 1000, 10, options):
+        if name in ("nn.Linear", "pykan"):
             continue
-        if floats and 4 * floats(100, 1000, 1000, 10) > MOST_MEMORY:
-            continue
-        torch.manual_seed(0)
         net = MLP(1000, 10_000, 1) if "MLP" in name else nn.Sequential(make(1000, 1000, 10), make(1000, 1, 10))
         net = compiled(net) if name == "MLP compiled" else net
         total[name] = sum(p.numel() for p in net.parameters() if p.requires_grad)

@@ -77,18 +77,22 @@ def look_up(x, num_control_points, spline_width):
 MAX_LOOKUPS = 2**26 - 1  # ATen's CUDA kernel numbers its threads, 32 to a look-up, in int32: more would wrap around
 
 
+def wants_gradient(x, table):
+    return torch.is_grad_enabled() and (x.requires_grad or table.requires_grad)
+
+
 def cpp(x, table, spline_width, dtype):
     """The look-up in C++, for CPUs (kan_kernels/spline.cpp): 2F rows a token, at the speed of a matrix product.
 
     Saves only x. bfloat16 tables are read as they are, sums are in float32, or float64 where x or the table is. If no
     gradient is wanted, positions in an interval and slopes of a bfloat16 table may be rounded to bfloat16 as well.
     """
-    training = torch.is_grad_enabled() and (x.requires_grad or table.requires_grad)
+    rounded = not wants_gradient(x, table)
     if x.dtype == torch.float64 or table.dtype == torch.float64:
         x, table = x.double(), table.double()
     elif table.dtype != torch.bfloat16:
         table = table.float()
-    return kan_kernels.spline(x, table, spline_width, not training).to(dtype)
+    return kan_kernels.spline(x, table, spline_width, rounded).to(dtype)
 
 
 def embedding_bag(x, table, spline_width, dtype):
@@ -379,7 +383,7 @@ class KANLayer(nn.Module):
 
         impl = self.impl
         if impl == "auto":
-            training = torch.is_grad_enabled() and (x.requires_grad or self.kan_weight.requires_grad)
+            training = wants_gradient(x, self.kan_weight)
             impl = choose_impl(device, self.num_control_points, x.numel() // self.in_features, training)
         elif impl == "cpp" and (device != "cpu" or not kan_kernels.available()):
             raise ValueError(f"impl='cpp' needs a CPU and a C++ compiler, got {x.device}; use impl='auto'")

@@ -115,9 +115,6 @@ template <class S> INLINE void stream(S* p, vec<S> v) {
 #endif
 }
 
-template <class S, size_t... I> INLINE vec<S> add_pairs(vec<S> a, vec<S> b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, int(2 * I)...) + __builtin_shufflevector(a, b, int(2 * I + 1)...);
-}
 // Pairs for the paired dot product of bfloat16, acc += a.low * b.low + a.high * b.high, which is one look-up: (C[i],
 // C[i + 1] - C[i]) times (1, t). Only the difference and t are rounded.
 #ifdef __AVX512BF16__
@@ -150,6 +147,9 @@ template <class S, size_t... I> INLINE void interleave(vec<S> a, vec<S> b, S* to
   store(to + L, __builtin_shufflevector(a, b, int(I % 2 * L + L / 2 + I / 2)...));
 }
 
+template <class S, size_t... I> INLINE vec<S> add_pairs(vec<S> a, vec<S> b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, int(2 * I)...) + __builtin_shufflevector(a, b, int(2 * I + 1)...);
+}
 // The sums of L vectors, as one vector.
 template <class S, int n = lanes<S>> INLINE vec<S> sums(const vec<S>* p) {
   if constexpr (n == 1) return *p;
@@ -230,6 +230,12 @@ struct Pool {
     free_blocks.emplace_back(p, bytes);
     held += bytes;
   }
+  void release() {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (auto& block : free_blocks) free(block.first);
+    free_blocks.clear();
+    held = 0;
+  }
 };
 
 Pool* pool = new Pool;  // never destroyed: tensors may outlive everything else
@@ -245,10 +251,7 @@ void release_memory() {
 #pragma omp parallel num_threads(at::get_num_threads())
   own.release();
   common.release();
-  std::lock_guard<std::mutex> lock(pool->mutex);
-  for (auto& block : pool->free_blocks) free(block.first);
-  pool->free_blocks.clear();
-  pool->held = 0;
+  pool->release();
 }
 
 size_t second_level_cache() {
@@ -359,16 +362,6 @@ INLINE void pack(const T* rows, int64_t count, int64_t O, int width, S* to) {
   }
 }
 
-constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4
-constexpr size_t FIRST_LEVEL = 32 * 1024;         // bytes of a packed block
-
-// How many tokens of a tile W wide to take at a time: what fills a fraction of the second-level cache, but enough to
-// give an interval some work (least), for which the third level is near enough, up to 4096.
-template <class S> int64_t tokens_in_cache(int W, int fraction, int64_t least) {
-  const int64_t fit = second_level_cache() / fraction / (W * sizeof(S));
-  return std::clamp<int64_t>(std::max(fit, std::min<int64_t>(least, 4096)), 128, 4096);
-}
-
 // The same for pairs of rows, of fn features; a pair takes the room of a float.
 template <int V>
 INLINE void pack_pairs(const BFloat16* rows, int fn, int64_t N, int64_t O, int width, float* to) {
@@ -383,6 +376,16 @@ INLINE void pack_pairs(const BFloat16* rows, int fn, int64_t N, int64_t O, int w
       for (int v = 0; v < V; v++) *(vec<float>*)(to + v * L) = pair_rows(padded[0] + v * L, padded[1] + v * L);
     }
   }
+}
+
+constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4
+constexpr size_t FIRST_LEVEL = 32 * 1024;         // bytes of a packed block
+
+// How many tokens of a tile W wide to take at a time: what fills a fraction of the second-level cache, but enough to
+// give an interval some work (least), for which the third level is near enough, up to 4096.
+template <class S> int64_t tokens_in_cache(int W, int fraction, int64_t least) {
+  const int64_t fit = second_level_cache() / fraction / (W * sizeof(S));
+  return std::clamp<int64_t>(std::max(fit, std::min<int64_t>(least, 4096)), 128, 4096);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -730,7 +733,6 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
     int32_t* interval = own.take<int32_t>(m);
     S *t = own.take<S>(FB * m), *dots = own.take<S>(FB * m), *tile = own.take<S>(N * W), *d_tile = own.take<S>(N * W);
     vec<S>* along = own.take<vec<S>>(FB * m);
-    for (int64_t b = 0; b < FB * m; b++) along[b] = vec<S>{};
 
     for (int64_t first = 0; first < blocks; first += blocks_a_pass) {
       const int64_t in_pass = std::min(blocks_a_pass, blocks - first);
