@@ -4,20 +4,19 @@ The spline layer on a CPU: forward and backward as look-ups, at the speed of a m
     u = (x[f] + width / 2) * (N - 1) / width      i = clamp(trunc(u), 0, N - 2)      t = u - i
     y[o] = sum_f (1 - t) * C[f, i, o] + t * C[f, i + 1, o]
 
-A look-up is two multiply-adds on two vectors that some cache has to deliver, and everything below is about which one. A
-core loads about one vector per multiply-add from its first-level cache, so only from there can the forward run at the
-rate of a matrix product. Outputs are computed tile by tile, and a tile's features pass by pass:
+A core loads about one vector per multiply-add from its first-level cache, so a look-up that loads two rows for its two
+multiply-adds is bound by its loads. Therefore tokens are sorted by their interval, and the two rows of an interval stay
+in registers while its tokens pass. What is left is to add to each token's sums, which come from the second-level cache
+and go back to it; so features go in pairs where N is small, sorted by both intervals, (N - 1)^2 of them. With
 
-- A packed block holds the curves of a few features, copied close together so that they stay in the first-level cache
-  while all tokens pass; a token's sums stay in registers over the block.
-- A rider is one more feature that travels along. The tokens of a pass are sorted by its interval, so its two rows stay
-  in registers from token to token and cost no loads at all.
+    C1[i1] + t1 * (C1[i1 + 1] - C1[i1]) + C2[i2] + t2 * (C2[i2 + 1] - C2[i2])
 
-With N above 24 no useful block fits, and every pass is a rider alone. A handful of tokens reads less than the whole
-table; there threads split the features and add up rows where they are (direct_forward).
+and C1[i1] + C2[i2] in registers, a look-up is one multiply-add and half an addition: fewer than a matrix product that
+does the same flops. Outputs are computed tile by tile, as wide as the registers hold. A handful of tokens reads less
+than the whole table; there threads split the features and add up rows where they are (direct_forward).
 
-The backward is riders alone. For all tokens of an interval the difference of its two rows and two sums stay in
-registers, so that one load of g = dL/dy serves all three gradients:
+The backward is sorted too, feature by feature. For all tokens of an interval the difference of its two rows and two sums
+stay in registers, so that one load of g = dL/dy serves all three gradients:
 
     S[i] = sum g    U[i] = sum t * g    dC[k] = S[k] - U[k] + U[k - 1]    dx = <g, C[i + 1] - C[i]> * (N - 1) / width
 
@@ -115,37 +114,22 @@ template <class S> INLINE void stream(S* p, vec<S> v) {
 #endif
 }
 
-// Pairs for the paired dot product of bfloat16, acc += a.low * b.low + a.high * b.high, which is one look-up: (C[i],
-// C[i + 1] - C[i]) times (1, t). Only the difference and t are rounded.
+// The paired dot product of bfloat16, acc += a.low * b.low + a.high * b.high, is one look-up.
 #ifdef __AVX512BF16__
 constexpr bool HAS_PAIRS = true;
-INLINE __m512i pair(__m256i low, __m512 high) {
-  const __m512i upper = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
-  return _mm512_or_si512(_mm512_slli_epi32(upper, 16), _mm512_cvtepu16_epi32(low));
-}
-INLINE vec<float> paired_dot(vec<float> acc, vec<float> a, vec<float> b) {
-  return (vec<float>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-}
-INLINE vec<float> pair_weights(vec<float> t) {
-  return (vec<float>)pair(_mm256_set1_epi16(0x3f80), (__m512)t);  // 1 in bfloat16
-}
-INLINE vec<float> pair_rows(const BFloat16* below, const BFloat16* above) {
-  const __m512 rise = (__m512)(load<float>(above) - load<float>(below));
-  return (vec<float>)pair(_mm256_loadu_si256((const __m256i*)below), rise);
+// acc (32 outputs) += weights.low * below + weights.high * above
+INLINE void paired_look_up(vec<float>* acc, const BFloat16* below, const BFloat16* above, vec<float> weights) {
+  const __m512i a = _mm512_loadu_si512(below), b = _mm512_loadu_si512(above);
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                         39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i rows[2] = {_mm512_permutex2var_epi16(a, first, b),
+                           _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b)};
+  for (int k : {0, 1}) acc[k] = (vec<float>)_mm512_dpbf16_ps((__m512)acc[k], (__m512bh)rows[k], (__m512bh)weights);
 }
 #else
 constexpr bool HAS_PAIRS = false;
-INLINE vec<float> paired_dot(vec<float> acc, vec<float>, vec<float>) { return acc; }
-INLINE vec<float> pair_weights(vec<float> t) { return t; }
-INLINE vec<float> pair_rows(const BFloat16*, const BFloat16*) { return vec<float>{}; }
+INLINE void paired_look_up(vec<float>*, const BFloat16*, const BFloat16*, vec<float>) {}
 #endif
-
-// a[0], b[0], a[1], b[1], ...
-template <class S, size_t... I> INLINE void interleave(vec<S> a, vec<S> b, S* to, std::index_sequence<I...>) {
-  constexpr int L = lanes<S>;
-  store(to, __builtin_shufflevector(a, b, int(I % 2 * L + I / 2)...));
-  store(to + L, __builtin_shufflevector(a, b, int(I % 2 * L + L / 2 + I / 2)...));
-}
 
 template <class S, size_t... I> INLINE vec<S> add_pairs(vec<S> a, vec<S> b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, int(2 * I)...) + __builtin_shufflevector(a, b, int(2 * I + 1)...);
@@ -278,58 +262,34 @@ template <class S> INLINE void locate(vec<S> x, const Layer<S>& layer, typename 
   t = u - __builtin_convertvector(i, vec<S>);
 }
 
-// What a look-up needs: the offset of C[f, i] in a packed block, and t, or the pair (1, t). Side by side, they are one
-// line of memory for the eight features of a pass.
-template <class S> struct LookUp {
-  std::conditional_t<sizeof(S) == 4, int32_t, int64_t> row;
-  S t;
-};
-
-// One token's look-ups for features [0, count). The curve of feature f begins at begin[f] of its block, rows are W
-// numbers apart. Writes whole vectors.
-template <class S, bool paired>
-void find_rows(const S* x, int64_t count, const Layer<S>& layer, const int32_t* begin, int W, LookUp<S>* to) {
-  constexpr int L = lanes<S>;
-  typedef typename Types<S>::ints ints;
-  typedef typename Types<S>::ints32 ints32;
-  for (int64_t f = 0; f < count; f += L) {
-    vec<S> xs;
-    if (f + L <= count) {
-      xs = load<S>(x + f);
-    } else {
-      S padded[L] = {};
-      memcpy(padded, x + f, (count - f) * sizeof(S));
-      xs = load<S>(padded);
-    }
-    ints i;
-    vec<S> t;
-    locate<S>(xs, layer, i, t);
-    if constexpr (paired) t = pair_weights(t);
-    const vec<S> row = (vec<S>)(i * W + __builtin_convertvector(*(const ints32*)(begin + f), ints));
-    interleave<S>(row, t, (S*)(to + f), std::make_index_sequence<L>());
-  }
-}
-
-// All tokens of one feature in order of their interval: interval i has tokens order[start[i]] to order[start[i + 1]].
-// t is by token. order is followed by 16 valid entries, for whoever looks ahead.
+// The tokens in order of where a feature sends them, or a pair of features: of the interval i of a single one, of
+// i1 * (N - 1) + i2 of a pair. Interval k has tokens order[start[k]] to order[start[k + 1]]. t is by token, the second
+// feature's sorted_size(n) after the first's. order is followed by 16 valid entries, for whoever looks ahead.
 constexpr int AHEAD = 16;
-template <class S>
+inline int64_t sorted_size(int64_t n) { return (n + 2 * AHEAD - 1) / AHEAD * AHEAD; }
+inline int64_t intervals(int64_t N, int features) { return features == 2 ? (N - 1) * (N - 1) : N - 1; }
+
+template <int features, class S>
 void sort_tokens(const S* x, int n, const Layer<S>& layer, int32_t* order, int32_t* start, S* t, int32_t* interval) {
   constexpr int L = lanes<S>;
-  const int N = layer.N;
-  for (int b = 0; b < n; b++) t[b] = x[b * layer.F];
-  for (int b = n; b < n + AHEAD; b++) t[b] = 0;
-  for (int b = 0; b < n; b += L) {
-    vec<S> ts;
-    typename Types<S>::ints i;
-    locate<S>(*(vec<S>*)(t + b), layer, i, ts);
-    *(typename Types<S>::ints32*)(interval + b) = __builtin_convertvector(i, typename Types<S>::ints32);
-    *(vec<S>*)(t + b) = ts;
+  typedef typename Types<S>::ints32 ints32;
+  const int N = layer.N, M = intervals(N, features);
+  for (int k = 0; k < features; k++, t += sorted_size(n)) {
+    for (int b = 0; b < n; b++) t[b] = x[b * layer.F + k];
+    for (int b = n; b < n + AHEAD; b++) t[b] = 0;
+    for (int b = 0; b < n; b += L) {
+      vec<S> ts;
+      typename Types<S>::ints i;
+      locate<S>(*(vec<S>*)(t + b), layer, i, ts);
+      ints32& here = *(ints32*)(interval + b);
+      here = __builtin_convertvector(i, ints32) + (k ? here * (N - 1) : ints32{});
+      *(vec<S>*)(t + b) = ts;
+    }
   }
 #ifdef __AVX512F__
-  if (N <= 16) {  // few intervals: pick out the tokens of each, 16 at a time
+  if (M < 16) {  // few intervals: pick out the tokens of each, 16 at a time
     int filled = 0;
-    for (int i = 0; i < N - 1; i++) {
+    for (int i = 0; i < M; i++) {
       start[i] = filled;
       __m512i tokens = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
       for (int b = 0; b < n; b += 16) {
@@ -340,13 +300,13 @@ void sort_tokens(const S* x, int n, const Layer<S>& layer, int32_t* order, int32
         tokens = _mm512_add_epi32(tokens, _mm512_set1_epi32(16));
       }
     }
-    start[N - 1] = filled;
+    start[M] = filled;
   } else
 #endif
   {
-    std::fill(start, start + N + 1, 0);
+    std::fill(start, start + M + 2, 0);
     for (int b = 0; b < n; b++) start[interval[b] + 2]++;  // shifted by two, so that placing leaves the starts
-    for (int i = 2; i <= N; i++) start[i] += start[i - 1];
+    for (int i = 2; i <= M + 1; i++) start[i] += start[i - 1];
     for (int b = 0; b < n; b++) order[start[interval[b] + 1]++] = b;
   }
   std::fill(order + n, order + n + AHEAD, 0);
@@ -362,24 +322,7 @@ INLINE void pack(const T* rows, int64_t count, int64_t O, int width, S* to) {
   }
 }
 
-// The same for pairs of rows, of fn features; a pair takes the room of a float.
-template <int V>
-INLINE void pack_pairs(const BFloat16* rows, int fn, int64_t N, int64_t O, int width, float* to) {
-  constexpr int L = lanes<float>, W = V * L;
-  for (int64_t r = 0; r < fn * N; r++, rows += O, to += W) {
-    if (r % N == N - 1) continue;  // no row above
-    if (width == W) {
-      UNROLL for (int v = 0; v < V; v++) *(vec<float>*)(to + v * L) = pair_rows(rows + v * L, rows + O + v * L);
-    } else {
-      BFloat16 padded[2][W] = {};
-      for (int k : {0, 1}) memcpy(padded[k], rows + k * O, width * sizeof(BFloat16));
-      for (int v = 0; v < V; v++) *(vec<float>*)(to + v * L) = pair_rows(padded[0] + v * L, padded[1] + v * L);
-    }
-  }
-}
-
 constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4
-constexpr size_t FIRST_LEVEL = 32 * 1024;         // bytes of a packed block
 
 // How many tokens of a tile W wide to take at a time: what fills a fraction of the second-level cache, but enough to
 // give an interval some work (least), for which the third level is near enough, up to 4096.
@@ -390,20 +333,6 @@ template <class S> int64_t tokens_in_cache(int W, int fraction, int64_t least) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
-
-// Room for n tokens, sorted: whole vectors, and the entries to look ahead at.
-inline int64_t sorted_size(int64_t n) { return (n + 2 * AHEAD - 1) / AHEAD * AHEAD; }
-
-// The look-ups of n tokens: features [0, packed) by token, token b's at b * stride; the others, the riders, sorted,
-// rider k's order and t at k * size, its starts at k * (N + 1).
-template <class S> struct LookUps {
-  int64_t n, packed;
-  const LookUp<S>* found;
-  int64_t stride;
-  const int32_t *order, *start;
-  const S* rider_t;
-  int64_t size;
-};
 
 // The rows of one feature in a tile: where they are if they can be used as they are, else a copy in tile.
 template <class S, class T, int V>
@@ -416,101 +345,69 @@ INLINE const S* rows_of(const T* table, const Layer<S>& layer, int64_t f, int64_
   return stride = W, tile;
 }
 
-// One tile of outputs for all n tokens, pass by pass: FB features from a packed block, and one rider, whose interval
-// the tokens of a pass are sorted by. Sums rest in y_tile between passes.
-template <class S, class T, int V, bool paired>
-void forward_tile(const Layer<S>& layer, const T* table, int64_t o0, const LookUps<S>& at, int FB, S* tile,
-                  S* rider_tile, S* y_tile, S* y) {
+// Tokens as sort_tokens leaves them, but the positions in that order too: (n, 1 or 2), read from beginning to end.
+template <class S> struct Sorted {
+  int32_t *order, *start;
+  S* t;
+};
+
+// One feature (R = 1) or a pair (R = 2), one tile of outputs, n tokens: y_tile (n, W) += their curves. For a pair, the
+// rows of the first change in the outer loop, those of the second in the inner one.
+template <class S, class T, int V, int R>
+void sorted_forward(const Layer<S>& layer, const T* table, int64_t f, int64_t o0, const Sorted<S>& tokens, S* tile,
+                    S* y_tile) {
   constexpr int L = lanes<S>, W = V * L;
-  const int64_t N = layer.N, F = layer.F, O = layer.O, n = at.n;
-  const int width = std::min<int64_t>(W, O - o0);
-  const int64_t riders = F - at.packed, blocks = FB ? (at.packed + FB - 1) / FB : 0;
-  std::fill(y_tile, y_tile + n * W, S(0));
-  for (int64_t pass = 0; pass < std::max(blocks, riders); pass++) {
-    const int64_t f0 = pass * FB;
-    const int fn = std::clamp<int64_t>(at.packed - f0, 0, FB);
-    if constexpr (paired) pack_pairs<V>(table + f0 * N * O + o0, fn, N, O, width, tile);
-    else if (fn) pack<S, T, V>(table + f0 * N * O + o0, fn * N, O, width, tile);
-
-    auto visit = [&](int64_t b, auto rides, const vec<S>* below, const vec<S>* rise, S rider_t)
-        __attribute__((always_inline)) {
-      S* sum = y_tile + b * W;
-      vec<S> acc[V], other[V];  // with few accumulators the latency of the additions would show: take two sets
-      UNROLL for (int v = 0; v < V; v++) {
-        acc[v] = *(vec<S>*)(sum + v * L);
-        other[v] = vec<S>{};
-      }
-      if constexpr (rides) {
-        const vec<S> t = broadcast<S>(rider_t);
-        UNROLL for (int v = 0; v < V; v++) acc[v] += below[v] + t * rise[v];
-      }
-      const LookUp<S>* found = at.found + b * at.stride + f0;
-      for (int f = 0; f < fn; f++) {
-        const S* c = tile + found[f].row;
-        vec<S> above_t = broadcast<S>(found[f].t);
-        KEEP(above_t);
-        if constexpr (paired) {
-          UNROLL for (int v = 0; v < V; v++) acc[v] = paired_dot(acc[v], *(vec<S>*)(c + v * L), above_t);
-          continue;
-        }
-        const vec<S> below_t = S(1) - above_t;
-        UNROLL for (int v = 0; v < V; v++) {
-          acc[v] += below_t * *(vec<S>*)(c + v * L);
-          (V <= 4 ? other : acc)[v] += above_t * *(vec<S>*)(c + W + v * L);
-        }
-      }
-      UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(sum + v * L) = V <= 4 ? acc[v] + other[v] : acc[v];
-    };
-
-    if (pass >= riders) {
-      for (int64_t b = 0; b < n; b++) visit(b, std::false_type(), nullptr, nullptr, S(0));
-      continue;
-    }
-    int64_t stride;
-    const S* c = rows_of<S, T, V>(table, layer, at.packed + pass, o0, rider_tile, stride);
-    const int32_t *order = at.order + pass * at.size, *start = at.start + pass * (N + 1);
-    const S* t = at.rider_t + pass * at.size;
-    // The next block's rows are fetched while the tokens of this one pass: some in every interval.
-    const T* next = table + (f0 + FB) * N * O + o0;
-    const int rows_next = std::clamp<int64_t>(at.packed - f0 - FB, 0, FB) * N;
+  const int64_t N = layer.N, O = layer.O;
+  int64_t stride;
+  const S* outer = rows_of<S, T, V>(table, layer, f, o0, tile, stride);
+  const S* inner = R == 1 ? outer : rows_of<S, T, V>(table, layer, f + 1, o0, tile + N * W, stride);
+  const int32_t *order = tokens.order, *start = tokens.start;
+  const S* t = tokens.t;
+  for (int j = 0; j < (R == 1 ? 1 : N - 1); j++, start += N - 1, outer += stride) {
+    vec<S> outer_rise[V];
+    UNROLL for (int v = 0; v < V; v++) outer_rise[v] = load<S>(outer + stride + v * L) - load<S>(outer + v * L);
+    const T* next = table + ((f + 2) * N + 2 * j) * O + o0;  // rows of the next pair
+    if (R == 2 && f + 4 <= layer.F)
+      for (int o = 0; o < 2 * W; o += 64 / sizeof(T)) __builtin_prefetch(o < W ? next + o : next + O + o - W, 0, 2);
+    const S* c = inner;
     for (int i = 0; i < N - 1; i++, c += stride) {
-      UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(c + ROWS_AHEAD * stride + v * L);
-      for (int r = rows_next * i / (N - 1); r < rows_next * (i + 1) / (N - 1); r++)
-        for (int o = 0; o < W; o += 64 / sizeof(T)) __builtin_prefetch(next + r * O + o, 0, 2);
+      if (R == 1) UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(c + ROWS_AHEAD * stride + v * L);
       if (start[i] == start[i + 1]) continue;
       vec<S> below[V], rise[V];
       UNROLL for (int v = 0; v < V; v++) {
         below[v] = load<S>(c + v * L);
         rise[v] = load<S>(c + stride + v * L) - below[v];
+        if (R == 2) below[v] += load<S>(outer + v * L);
       }
       for (int q = start[i]; q < start[i + 1]; q++) {
         const S* ahead = y_tile + (int64_t)order[q + TOKENS_AHEAD] * W;
         UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(ahead + v * L, 1);
-        const int64_t b = order[q];
-        if (fn) {
-          __builtin_prefetch(at.found + order[q + TOKENS_AHEAD] * at.stride + f0);
-          visit(b, std::true_type(), below, rise, t[b]);
-        } else {
-          const vec<S> ts = broadcast<S>(t[b]);
-          UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(y_tile + b * W + v * L) += below[v] + ts * rise[v];
+        S* y = y_tile + (int64_t)order[q] * W;
+        const vec<S> outer_t = broadcast<S>(t[R * q]), inner_t = broadcast<S>(t[R * q + R - 1]);
+        UNROLL for (int v = 0; v < V; v++) {
+          vec<S> sum = *(vec<S>*)(y + v * L) + below[v];
+          sum += inner_t * rise[v];
+          if (R == 2) sum += outer_t * outer_rise[v];
+          *(vec<S>*)(y + v * L) = sum;
         }
       }
     }
   }
-  for (int64_t b = 0; b < n; b++) memcpy(y + b * O + o0, y_tile + b * W, width * sizeof(S));
 }
 
 // Features [f0, f1) of all tokens, added up in sum (B, padded). Four features at a time, so that the sums pass through
-// the registers once for eight rows of the table.
-template <class S, class T>
+// the registers once for eight rows of the table. paired: weights are rounded to bfloat16, the larger one to the nearest
+// and the smaller so that they still sum to one, which is exact; so the error is that of a t rounded to 2^-9.
+template <class S, class T, bool paired>
 void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f0, int64_t f1, S* sum, int64_t padded) {
-  constexpr int L = lanes<S>, GANG = 4;
-  const int64_t N = layer.N, O = layer.O, whole = O / L * L;
+  constexpr int L = lanes<S>, GANG = 4, step = paired ? 2 * L : L;
+  const int64_t N = layer.N, O = layer.O, whole = O / step * step;
   std::fill(sum, sum + layer.B * padded, S(0));
   for (int64_t f = f0; f < f1; f += GANG) {
     const int gang = std::min<int64_t>(GANG, f1 - f);
     for (int64_t b = 0; b < layer.B; b++) {
       S xs[L] = {}, ts[L], above[GANG] = {}, below[GANG] = {};
+      vec<S> weights[GANG] = {};
       typename Types<S>::ints i;
       vec<S> tv;
       static_assert(L >= 2);
@@ -523,19 +420,32 @@ void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f
           c[k] = table + ((f + k) * N + i[k - k0]) * O;
           above[k] = ts[k - k0];
           below[k] = 1 - above[k];
+          if constexpr (paired) {
+            if (above[k] < S(0.5)) above[k] = 1 - (below[k] = BFloat16(below[k]));
+            else below[k] = 1 - (above[k] = BFloat16(above[k]));
+            const BFloat16 both[2] = {BFloat16(below[k]), BFloat16(above[k])};
+            S bits;
+            memcpy(&bits, both, sizeof(S));
+            weights[k] = broadcast<S>(bits);
+          }
         }
       }
       for (int k = gang; k < GANG; k++) c[k] = c[0];  // with weight zero
       S* y = sum + b * padded;
-      for (int64_t o = 0; o < whole; o += L) {
-        vec<S> acc = *(vec<S>*)(y + o);
+      for (int64_t o = 0; o < whole; o += step) {
+        vec<S> acc[2] = {*(vec<S>*)(y + o), *(vec<S>*)(y + o + step - L)};
         UNROLL for (int k = 0; k < GANG; k++) {
           if (k < gang) {
-            acc += broadcast<S>(below[k]) * load<S>(c[k] + o);
-            acc += broadcast<S>(above[k]) * load<S>(c[k] + O + o);
+            if constexpr (paired) {
+              paired_look_up(acc, c[k] + o, c[k] + O + o, weights[k]);
+            } else {
+              acc[0] += broadcast<S>(below[k]) * load<S>(c[k] + o);
+              acc[0] += broadcast<S>(above[k]) * load<S>(c[k] + O + o);
+            }
           }
         }
-        *(vec<S>*)(y + o) = acc;
+        *(vec<S>*)(y + o) = acc[0];
+        if (paired) *(vec<S>*)(y + o + L) = acc[1];
       }
       for (int64_t o = whole; o < O; o++)
         for (int k = 0; k < gang; k++) y[o] += below[k] * S(c[k][o]) + above[k] * S(c[k][O + o]);
@@ -561,7 +471,7 @@ template <class F> INLINE void with_tile(int V, F f) {
 constexpr int TILES[] = {8, 6, 4, 3, 2, 1};
 
 template <class S, class T, bool paired> void forward(const Layer<S>& layer, const S* x, const T* table, S* y) {
-  constexpr int L = lanes<S>;
+  constexpr int L = lanes<S>, V_most = VECTOR_BYTES == 64 ? 8 : 4;  // three registers a vector: 32 are there, or 16
   const int64_t B = layer.B, F = layer.F, O = layer.O, N = layer.N;
   const int threads = thread_count(2.0 * B * F * O);
 
@@ -572,7 +482,7 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
 #pragma omp parallel num_threads(threads)
     {
       const int64_t me = omp_get_thread_num();
-      direct_forward<S, T>(layer, table, x, F * me / threads, F * (me + 1) / threads, share + me * B * padded, padded);
+      direct_forward<S, T, paired>(layer, table, x, F * me / threads, F * (me + 1) / threads, share + me * B * padded, padded);
 #pragma omp barrier
       for (int64_t b = 0; b < B; b++)
         for (int64_t o = O * me / threads; o < O * (me + 1) / threads; o++) {
@@ -588,62 +498,58 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
   const int64_t limit =
       std::min(tokens_in_cache<S>(8 * L, 2, N > 32 ? 16 * N : 0), std::max<int64_t>(128, (1 << 24) / F));
   const int64_t blocks = (B + limit - 1) / limit, block = (B + blocks - 1) / blocks;
-  const auto block_features = [&](int v) -> int64_t {
-    const int64_t fit = N > 24 ? 0 : std::min<int64_t>(FIRST_LEVEL / (N * v * L * sizeof(S)), 16);
-    return fit < 8 ? fit : fit / 8 * 8;
-  };
-  int V = 1;
+  int V = 1, R = 1;
   int64_t parts = 1;
   double best = 1e300;
   for (int v : TILES)
-    for (int64_t p : {1, threads}) {
-      const int64_t tasks = (O + v * L - 1) / (v * L) * p;
-      const double FB = block_features(v), n = block / double(p);
-      const double pass = n * (FB * (2.3 * v + 1.5) + 5 * v + 4) + FB * 1.5 * N * v + N * (2 * v + 20);
-      const double cost = (tasks + threads - 1) / threads * pass / (FB + 1);
-      if (cost < best) best = cost, V = v, parts = p;
-    }
-  const int FB = block_features(V);
-  const int64_t W = V * L, tiles = (O + W - 1) / W, n_max = (block + parts - 1) / parts;
-  const int64_t riders = F / (FB + 1), packed = F - riders;
-  const int64_t m = sorted_size(n_max), stride = (packed + 15) / 16 * 16 + 16;
+    for (int64_t p : {1, threads})
+      for (int r : {1, 2}) {
+        if ((r == 2 && (N > 32 || F == 1)) || v > V_most) continue;
+        const int64_t tasks = (O + v * L - 1) / (v * L) * p;
+        const double n = block / double(p), M = intervals(N, r);
+        const double vector = v * VECTOR_BYTES / 16;
+        const double pass = n * (vector + 4 + 10 * r) + std::min(M, n) * (1.5 * vector + 30) + r * N * 4 * vector;
+        const double cost = (tasks + threads - 1) / threads * pass / r;
+        if (cost < best) best = cost, V = v, R = r, parts = p;
+      }
+  const int64_t W = V * L, tiles = (O + W - 1) / W, n_max = (block + parts - 1) / parts, groups = (F + R - 1) / R;
+  const int64_t m = sorted_size(n_max);
 
   common.clear();
-  int32_t* begin = common.take<int32_t>(stride);
-  LookUp<S>* found = common.take<LookUp<S>>(block * stride);
-  int32_t* order = common.take<int32_t>(parts * riders * m);
-  S* rider_t = common.take<S>(parts * riders * m);
-  int32_t* start = common.take<int32_t>(parts * riders * (N + 1));
-  for (int64_t f = 0; f < packed; f++) begin[f] = f % FB * N * W;
+  std::vector<Sorted<S>> sorted(parts * groups);
+  for (auto& s : sorted) s = {common.take<int32_t>(m), common.take<int32_t>(intervals(N, R) + 2), common.take<S>(R * m)};
 
 #pragma omp parallel num_threads(threads)
   {
     own.clear();
-    S *tile = own.take<S>(FB * N * W), *rider_tile = own.take<S>(N * W), *y_tile = own.take<S>(n_max * W);
+    S *tile = own.take<S>(R * N * W), *y_tile = own.take<S>(n_max * W), *t = own.take<S>(R * m);
     int32_t* interval = own.take<int32_t>(m);
     for (int64_t first = 0; first < B; first += block) {
       // Part k of this block has tokens [begins(k), begins(k + 1)).
       const int64_t n = std::min(block, B - first);
       const auto begins = [&](int64_t k) { return first + n * k / parts; };
-#pragma omp for schedule(static) nowait
-      for (int64_t b = 0; b < n; b++)
-        find_rows<S, paired>(x + (first + b) * F, packed, layer, begin, W, found + b * stride);
 #pragma omp for schedule(static)
-      for (int64_t z = 0; z < parts * riders; z++) {
-        const int64_t k = z / riders, f = packed + z % riders;
-        sort_tokens(x + begins(k) * F + f, begins(k + 1) - begins(k), layer, order + z * m, start + z * (N + 1),
-                    rider_t + z * m, interval);
+      for (int64_t z = 0; z < parts * groups; z++) {
+        const int64_t k = z / groups, f = z % groups * R, n = begins(k + 1) - begins(k);
+        const Sorted<S>& to = sorted[z];
+        const bool pair = R == 2 && f + 2 <= F;
+        (pair ? sort_tokens<2, S> : sort_tokens<1, S>)(x + begins(k) * F + f, n, layer, to.order, to.start, t, interval);
+        for (int64_t q = 0; q < n; q++)
+          for (int r = 0; r <= pair; r++) to.t[(1 + pair) * q + r] = t[r * sorted_size(n) + to.order[q]];
       }
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < tiles * parts; task++) {
-        const int64_t o0 = task / parts * W, k = task % parts, r = k * riders;
-        const int64_t skipped = (begins(k) - first) * stride;
-        const LookUps<S> at{begins(k + 1) - begins(k), packed, found + skipped, stride,
-                            order + r * m, start + r * (N + 1), rider_t + r * m, m};
+        const int64_t o0 = task / parts * W, k = task % parts, n = begins(k + 1) - begins(k);
+        std::fill(y_tile, y_tile + n * W, S(0));
         with_tile(V, [&](auto v) {
-          forward_tile<S, T, decltype(v)::value, paired>(layer, table, o0, at, FB, tile, rider_tile, y_tile,
-                                                         y + begins(k) * O);
+          constexpr int V = decltype(v)::value;
+          const Sorted<S>* tokens = &sorted[k * groups];
+          int64_t f = 0;
+          if (R == 2) for (; f + 2 <= F; f += 2) sorted_forward<S, T, V, 2>(layer, table, f, o0, *tokens++, tile, y_tile);
+          for (; f < F; f++) sorted_forward<S, T, V, 1>(layer, table, f, o0, *tokens++, tile, y_tile);
         });
+        const int64_t width = std::min(W, O - o0);
+        for (int64_t b = 0; b < n; b++) memcpy(y + (begins(k) + b) * O + o0, y_tile + b * W, width * sizeof(S));
       }
     }
   }
@@ -750,7 +656,7 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
         for (int64_t block = first; block < first + in_pass; block++) {
           const int64_t b0 = block * n_max, n = std::min(n_max, B - b0);
           for (int64_t f = 0; f < fn; f++)
-            sort_tokens(x + b0 * F + f0 + f, n, layer, order + f * m, start + f * (N + 1), t + f * m, interval);
+            sort_tokens<1>(x + b0 * F + f0 + f, n, layer, order + f * m, start + f * (N + 1), t + f * m, interval);
           for (int64_t k = 0; k < tiles; k++) {
             const int64_t o0 = k * W;
             const S* g_tile = packed + ((block - first) * tiles + k) * n_max * W;
@@ -813,7 +719,7 @@ template <class Run> void with_types(const Tensor& x, const Tensor& table, Run r
   run(float(), BFloat16());
 }
 
-// rounded: with a bfloat16 table, positions and slopes may be rounded to bfloat16 where that is faster.
+// rounded: with a bfloat16 table, positions may be rounded to bfloat16 where that is faster.
 Tensor spline(const Tensor& x_, const Tensor& table_, double width, bool rounded) {
   const Tensor x = x_.contiguous(), table = table_.contiguous();
   Tensor y = at::empty({x.size(0), table.size(2)}, x.options());
