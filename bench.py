@@ -5,6 +5,9 @@
     python bench.py --against_n           its own cost from N = 8 to 256
     python bench.py --model               training steps and sampling of the small GPT, spline against MLP
     python bench.py --kan_benchmarking    that project's setting: batch 100, 1000 -> 1000 -> 1, 10 million parameters
+    python bench.py --evaluations         every entry of evaluations.py, eager and compiled, at N of --points and at 768
+                                          tokens, 384 to 384, or else the first of --tokens and of --features;
+                                          --device=cuda for a GPU
 
 Prints Markdown tables and writes the same to --out as JSON. Times are milliseconds; only ratios of one run mean
 anything elsewhere: the machine's speed drifts, so a matrix product is timed in the same rounds and shares refer to it.
@@ -38,6 +41,7 @@ import torch.nn.functional as F
 
 import cli
 import kan_kernels
+from evaluations import EVALUATIONS
 from kan_layer import KANLayer
 
 MOST_MEMORY = 2e9  # bytes a contender may need by arithmetic; else it is skipped with a line
@@ -54,6 +58,8 @@ class Options:
     model: bool = False
     nanogpt: str = ""  # a clone of nanoGPT, to sample from its model in --model
     kan_benchmarking: bool = False
+    evaluations: bool = False
+    device: str = "cpu"  # of --evaluations, or "cuda"
     out: str = "out/bench.json"
 
 
@@ -163,9 +169,14 @@ def memory(field):
     return math.nan
 
 
-def added_memory(call):
+def added_memory(call, device="cpu"):
     """Bytes that the process grows by during a call, at the peak, with nothing kept from earlier calls."""
     gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     if kan_kernels.load() is None:
         torch.ops.splinegpt_cpu.release_memory()
     with contextlib.suppress(OSError, AttributeError):
@@ -176,32 +187,39 @@ def added_memory(call):
     return memory("VmHWM") - before
 
 
+def now(device="cpu"):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Timer:
     """One contender at one shape: its forward and its forward with backward, whenever its turn comes."""
 
-    def __init__(self, module, inputs, outputs, tokens, input_gradient=True):
+    def __init__(self, module, inputs, outputs, tokens, input_gradient=True, device="cpu"):
         count = max(1, min(64, 4096 // tokens // 8))
-        self.xs = [torch.randn(tokens, inputs) for _ in range(count)]
-        self.module, self.input_gradient = module, input_gradient
-        self.g = torch.randn(tokens, outputs)
+        self.xs = [torch.randn(tokens, inputs, device=device) for _ in range(count)]
+        self.module, self.input_gradient, self.device = module, input_gradient, device
+        self.g = torch.randn(tokens, outputs, device=device)
         self.fwd = self.both = self.bwd = math.inf
         self.spent, self.turns = 0.0, 0
         self.forward(), self.forward_backward()  # compiles, allocates
-        if self.both > 3:  # so slow that once is enough
-            self.spent, self.bytes = math.inf, math.nan
-            return
         self.fwd = self.both = self.bwd = math.inf
         for p in (*module.parameters(), *self.xs):
             p.grad = None
-        self.bytes = added_memory(self.forward_backward)
-        self.forward(), self.forward_backward()
+        self.bytes = added_memory(self.forward_backward, device)
+        self.forward()
+        if self.both > 3:  # so slow that this is enough
+            self.spent = math.inf
+            return
+        self.forward_backward()
 
     def forward(self):
         with torch.no_grad():
-            start = time.perf_counter()
+            start = now(self.device)
             for x in self.xs:
                 self.module(x)
-            self.fwd = min(self.fwd, (time.perf_counter() - start) / len(self.xs))
+            self.fwd = min(self.fwd, (now(self.device) - start) / len(self.xs))
 
     def forward_backward(self):
         both = bwd = 0.0
@@ -210,11 +228,11 @@ class Timer:
             x.requires_grad_(self.input_gradient)
             for p in self.module.parameters():
                 p.grad = None
-            start = time.perf_counter()
+            start = now(self.device)
             y = self.module(x)
-            middle = time.perf_counter()
+            middle = now(self.device)
             y.backward(self.g)
-            end = time.perf_counter()
+            end = now(self.device)
             both, bwd = both + end - start, bwd + end - middle
             x.requires_grad_(False)
         turns = min(8, len(self.xs))
@@ -236,13 +254,14 @@ class Timer:
 class Gemm:
     """The machine's rate for a matrix product, in the same turns."""
 
-    def __init__(self):
-        self.a, self.b, self.out, self.fwd = *torch.randn(2, 1024, 1024), torch.empty(1024, 1024), math.inf
+    def __init__(self, device="cpu"):
+        self.a, self.b, self.out = torch.randn(3, 1024, 1024, device=device)
+        self.fwd, self.device = math.inf, device
 
     def turn(self, seconds):
-        start = time.perf_counter()
+        start = now(self.device)
         torch.mm(self.a, self.b, out=self.out)
-        self.fwd = min(self.fwd, time.perf_counter() - start)
+        self.fwd = min(self.fwd, now(self.device) - start)
         return False
 
     @property
@@ -507,23 +526,92 @@ def kan_benchmarking(options):
     return [dict(zip(("name", *header[1:]), row, strict=True)) for row in rows], {}
 
 
+# What evaluations.py copies out of the table, and what it makes of hats, in floats; and what torch.compile can't take.
+GATHERS = (
+    "embedding + lerp",
+    "index_select + lerp",
+    "index_add",
+    "batch-major",
+    "feature-major",
+    "as_strided",
+    "unfold",
+)
+HATS = ("csc", "coo", "bsr", "dense, formula")
+NOT_COMPILED = {
+    "feature-major": "a loop over features, which it unrolls for minutes",
+    **dict.fromkeys(("sort", "counting sort"), "runs of tokens have lengths known only at run time"),
+    **dict.fromkeys(("csc", "coo", "bsr"), "it makes no sparse tensors"),
+}
+
+
+class Evaluation(nn.Module):
+    def __init__(self, f, table):
+        super().__init__()
+        self.f, self.table = f, table
+
+    def forward(self, x):
+        return self.f(x, self.table, 4.0)
+
+
+def evaluations(options):
+    """The catalogue, all entries with one table, eager and compiled. Nobody has run it with device="cuda" yet."""
+    B = 768 if 768 in options.tokens else options.tokens[0]
+    C = 384 if 384 in options.features else options.features[0]
+    records = []
+    for N in options.points:
+        torch._dynamo.reset()
+        weight = nn.Parameter(torch.randn(C, N, C, device=options.device))
+        timers = {}
+        for name, f in EVALUATIONS.items():
+            if options.only and not name.startswith(("cpp", *options.only)):
+                continue
+            needed = 4 * B * C * (3 * C if name in GATHERS else 5 * N if name in HATS else 0)
+            if needed > MOST_MEMORY:
+                print(f"{name}: left out at {B} tokens, {C} to {C}, N = {N}: it holds {needed / 1e9:.0f} GB")
+                continue
+            for compiled in (False, True)[: 1 if name in NOT_COMPILED else 2]:
+                call = torch.compile(f, fullgraph=True, dynamic=False) if compiled else f
+                try:
+                    timers[name, compiled] = Timer(Evaluation(call, weight), C, C, B, device=options.device)
+                except Exception as error:  # another device or PyTorch may lack an operator: the others go on
+                    print(f"{name}{', compiled' * compiled}: left out, {str(error).splitlines()[0][:100]}")
+        gemm = Gemm(options.device)
+        take_turns([*timers.values(), gemm], options.seconds)
+        numbers = {key: (t.fwd * 1e3, t.both * 1e3, t.bytes / 1e6) for key, t in timers.items()}
+        rows = {name: [*numbers[name, False], *numbers.get((name, True), [math.nan] * 3)] for name, _ in timers}
+        best = [min(column) for column in zip(*([x if x == x else math.inf for x in r] for r in rows.values()))]
+        for name, row in rows.items():
+            rows[name] = [f"**{number(x)}**" if x == b else number(x) for x, b in zip(row, best)]
+        print(f"{B} tokens, {C} to {C}, N = {N}; matrix product {gemm.flops / 1e9:.0f} GFLOP/s")
+        header = ("", "fwd", "fwd+bwd", "MB", "compiled fwd", "compiled fwd+bwd", "compiled MB")
+        table(header, [(name, *row) for name, row in rows.items()])
+        for (name, compiled), t in timers.items():
+            shape = dict(name=name, compiled=compiled, tokens=B, C=C, N=N, device=options.device)
+            records.append(dict(**shape, fwd=t.fwd, fwd_bwd=t.both, bwd=t.bwd, bytes=t.bytes))
+    for reason in dict.fromkeys(NOT_COMPILED.values()):
+        print(f"Not compiled: {', '.join(name for name in NOT_COMPILED if NOT_COMPILED[name] == reason)}: {reason}")
+    return records, {}
+
+
 def main(arguments):
     options = cli.parse(Options, arguments)
     if min(options.features + options.tokens) < 1 or min(options.points) < 2:
         raise ValueError("features and tokens must be at least 1, points at least 2")
     if options.nanogpt and not (Path(options.nanogpt) / "model.py").exists():
         raise ValueError(f"no nanoGPT in {options.nanogpt}: it has no model.py; clone github.com/karpathy/nanoGPT")
+    if options.device != "cpu" and not (options.device == "cuda" and options.evaluations and torch.cuda.is_available()):
+        raise ValueError(f"device is cpu, or with --evaluations cuda where there is a GPU, got {options.device!r}")
     warnings.filterwarnings("ignore")  # what other libraries have to say about themselves
     kernels = torch.ops.splinegpt_cpu.instruction_set() if kan_kernels.available() else "no kernels"
     machine = dict(
         kernels=kernels, threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version()
     )
     print(f"{kernels}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}", flush=True)
-    what = [name for name in ("against_n", "model", "kan_benchmarking") if getattr(options, name)]
+    modes = dict(against_n=against_n, model=models, kan_benchmarking=kan_benchmarking, evaluations=evaluations)
+    what = [name for name in modes if getattr(options, name)]
     report = dict(machine, started=time.strftime("%Y-%m-%d %H:%M"), arguments=arguments)
     for name in what or ["layers"]:
-        run = {"layers": layers, "against_n": against_n, "model": models, "kan_benchmarking": kan_benchmarking}[name]
-        report[name], more = run(options)
+        report[name], more = modes.get(name, layers)(options)
         report.update(more)
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)

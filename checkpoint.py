@@ -144,7 +144,10 @@ def _remedy(folder):
 
 
 def load_model(path, device="cpu"):
-    """(model in eval mode on device, tokenizer, info) of a run's folder or one of its checkpoints."""
+    """(model in eval mode on device, tokenizer, info) of a run's folder or one of its checkpoints.
+
+    Its curves are given by their control points, however they were learned: derived once, not at every token.
+    """
     folder = find(path)
     info = read_info(folder)
     try:
@@ -153,4 +156,6 @@ def load_model(path, device="cpu"):
         raise ValueError(f"{folder / 'config.json'} is of another version: {error}") from None
     model = GPT(config)
     load_weights(folder, model)
+    for layer in model.kan_layers():
+        layer.to_parameterization("bspline")
     return model.to(device).eval(), tokenizer.from_spec(info["tokenizer"]), info

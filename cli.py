@@ -35,7 +35,10 @@ def read_toml(path, known):
     for key in options:
         if key not in known:
             raise ValueError(f"{path}: unknown option {key}; {nearest(key, known)}")
-    return [f"--{key}={value}" for key, value in options.items()]
+    arguments = []
+    for key, value in options.items():
+        arguments += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return arguments
 
 
 def parse(kind, arguments, toml=False):

@@ -23,6 +23,9 @@ A @ C, where row A[b] holds the N hat functions of each feature, two of them non
 flops of the look-up, but at the speed of a matrix product). Both are below; impl="auto" chooses. On a CPU it chooses
 the look-up as compiled C++, kan_kernels/spline.cpp, wherever a compiler is at hand.
 
+The table may be derived from other parameters (parameterizations.py), the knots may be anywhere (warp), both before any
+of this begins; evaluations.py shows a dozen further ways to evaluate.
+
 Legend of shapes
     B  tokens (all leading dimensions, flattened)       F  in_features        x  (B, F)
     N  num_control_points                               O  out_features       C  (F, N, O), the table; y  (B, O)
@@ -41,6 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kan_kernels
+import parameterizations
 
 INITS = ("random_normal", "identity", "zero")
 
@@ -57,6 +61,16 @@ def locate(x, num_control_points, spline_width):
     u = (x + spline_width / 2) * ((num_control_points - 1) / spline_width)
     i = u.detach().floor().nan_to_num(0.0).clamp(0, num_control_points - 2)
     return i.long(), u - i
+
+
+def warp(x, knots):
+    """x, moved so that uniform knots on [-(N - 1) / 2, (N - 1) / 2], one apart, see it where knots (N,) see x.
+
+    The interval is found by search, and everything else stays as it is: the derivative with respect to x too, since
+    it passes through here.
+    """
+    i = torch.bucketize(x.detach(), knots[1:-1], right=True)
+    return i + (x - knots[i]) / (knots[i + 1] - knots[i]) - (len(knots) - 1) / 2
 
 
 def at_least_float32(x):
@@ -126,6 +140,11 @@ def csr(x, table, spline_width, dtype):
     return csr_matmul(x, table.to(dtype), float(spline_width))
 
 
+def sparse_embedding_bag(x, table, spline_width, dtype):
+    """embedding_bag whose table gradient is a sparse tensor, for sparse_grad=True: it holds the visited rows only."""
+    return SparseGradient.apply(x, table, spline_width, dtype)
+
+
 def dense(x, table, spline_width, dtype):
     """A @ C with A written out, some tokens at a time: 2*B*N*F*O flops, all in matrix products. Saves only x."""
     return HatMatmul.apply(x, table, spline_width, dtype)
@@ -183,6 +202,75 @@ def _csr_backward(ctx, g):
 
 
 csr_matmul.register_autograd(_csr_backward, setup_context=_csr_setup)
+
+
+class SparseGradient(torch.autograd.Function):
+    """embedding_bag; the table's gradient has sparse dimensions (F, N) and a dense one, O, and is coalesced."""
+
+    @staticmethod
+    def forward(ctx, x, table, spline_width, dtype):
+        ctx.save_for_backward(x, table)
+        ctx.spline_width = spline_width
+        return embedding_bag(x, table, spline_width, dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, table = ctx.saved_tensors
+        in_features, N, O = table.shape
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            raise ValueError(  # DDP would leave the gradient as it is, and say nothing
+                "sparse_grad does not work with several processes: DistributedDataParallel averages sparse gradients "
+                "of nn.Embedding only; use sparse_grad=False"
+            )
+        rows, weights = look_up(x, N, ctx.spline_width)
+        grad_table, grad_x = None, []
+        if ctx.needs_input_grad[1]:
+            visited, where = rows.unique(return_inverse=True)
+            tokens = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1).expand_as(where)
+            place = torch.stack((where.flatten(), tokens.flatten()))
+            hats = torch.sparse_coo_tensor(place, weights.flatten(), (len(visited), x.shape[0]), check_invariants=False)
+            values = torch.sparse.mm(hats, g.to(weights.dtype)).to(table.dtype)
+            place = torch.stack((visited // N, visited % N))
+            grad_table = torch.sparse_coo_tensor(place, values, table.shape, is_coalesced=True, check_invariants=False)
+        if ctx.needs_input_grad[0]:
+            flat, tokens = at_least_float32(table).flatten(0, 1), max(1, 2**22 // (in_features * O))
+            for below, g_chunk in zip(split_tokens(rows[..., 0], tokens), split_tokens(g, tokens), strict=True):
+                grad_x.append(torch.einsum("bfo,bo->bf", flat[below + 1] - flat[below], g_chunk.to(flat.dtype)))
+            grad_x = torch.cat(grad_x).to(x.dtype) * ((N - 1) / ctx.spline_width)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_table, None, None
+
+
+class SecondDifferences(torch.autograd.Function):
+    """(F, O) sums of (D @ c)^2 over a table (F, N, O), knot by knot: beside the gradient nothing grows with N."""
+
+    @staticmethod
+    def forward(ctx, table, D):
+        ctx.save_for_backward(table)
+        ctx.D = D
+        total = torch.zeros_like(table[:, 0])
+        for bend, _ in SecondDifferences.bends(table, D):
+            total.addcmul_(bend, bend)
+        return total
+
+    @staticmethod
+    def bends(table, D):
+        for n, row in enumerate(D.tolist()):
+            below, here, above = row[n : n + 3]
+            bend = (table[:, n] * below).add_(table[:, n + 1], alpha=here).add_(table[:, n + 2], alpha=above)
+            yield bend, (below, here, above)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (table,) = ctx.saved_tensors
+        grad = torch.zeros_like(table)
+        for n, (bend, weights) in enumerate(SecondDifferences.bends(table, ctx.D)):
+            bend.mul_(2 * g)
+            for k, weight in enumerate(weights):
+                grad[:, n + k].add_(bend, alpha=weight)
+        return grad, None
 
 
 def hats(i, t, N, dtype):
@@ -302,6 +390,14 @@ class KANLayer(nn.Module):
         spline_width: the curves' domain is [-spline_width / 2, spline_width / 2], in the units of x; outside, the end
             pieces go on as straight lines. Put a LayerNorm in front: 4.0 then holds 95% of a normal input.
         impl: "cpp", "embedding_bag", "dense", "csr", "embedding", or "auto" (see choose_impl).
+        parameterization: what kan_weight holds: "bspline", the control points, or the coordinates of
+            parameterizations.py, from which they are derived once a forward.
+        smoothness, density: of "dct_scaled" and the "whitened" ones, see there; None is 100 and "normal".
+        knots: (N,) increasing positions, in place of uniform ones on the domain; num_control_points and spline_width
+            then follow from them. Normal quantiles, say, give every interval as many of a layer-normed input.
+        sparse_grad: the gradient of kan_weight is a sparse tensor of the visited rows. Works with torch.optim.SGD
+            (without weight decay) and SparseAdam in one process. Adam and AdamW refuse it; with several processes the
+            backward raises a ValueError, since DDP would average nothing.
 
     Shapes: input (..., in_features), output (..., out_features); any leading dimensions, none or empty ones too.
     dtypes: float64, float32, bfloat16, float16. The output has the input's dtype, under autocast the autocast dtype.
@@ -309,7 +405,8 @@ class KANLayer(nn.Module):
     Second derivatives: impl "dense" and "embedding" have them, the others raise.
     NaN and infinite inputs make all outputs of their own token NaN or infinite, and no other token's.
     Raises ValueError for a wrong last dimension, a non-floating input, N < 2, a width that is not positive and finite,
-        an unknown init or impl, impl "cpp" off the CPU or without a compiler.
+        an unknown init, impl, parameterization or density, knots that do not increase, impl "cpp" off the CPU or
+        without a compiler, sparse_grad with another impl than embedding_bag or another parameterization than bspline.
     """
 
     def __init__(
@@ -322,8 +419,20 @@ class KANLayer(nn.Module):
         impl="auto",
         device=None,
         dtype=None,
+        parameterization="bspline",
+        smoothness=None,
+        density=None,
+        knots=None,
+        sparse_grad=False,
     ):
         super().__init__()
+        self._knots = None
+        if knots is not None:
+            self._knots = torch.as_tensor(knots, dtype=torch.float64, device="cpu").detach().clone()
+            if self._knots.dim() != 1 or len(self._knots) < 2 or not (self._knots.diff() > 0).all():
+                raise ValueError(f"knots must be at least two increasing numbers, got {knots!r}")
+            num_control_points = len(self._knots)
+            spline_width = (self._knots[-1] - self._knots[0]).item()
         for name, value, least in (
             ("in_features", in_features, 1),
             ("out_features", out_features, 1),
@@ -339,26 +448,35 @@ class KANLayer(nn.Module):
             raise ValueError(f"init='identity' needs in_features == out_features, got {in_features} and {out_features}")
         if impl != "auto" and impl not in IMPLS:
             raise ValueError(f"impl must be one of auto, {', '.join(IMPLS)}, got {impl!r}")
+        if sparse_grad and (impl not in ("auto", "embedding_bag") or parameterization != "bspline"):
+            raise ValueError(
+                f"sparse_grad needs impl='embedding_bag' or 'auto' and parameterization='bspline', got {impl!r} and "
+                f"{parameterization!r}: with others every row has a gradient"
+            )
         self.in_features = in_features
         self.out_features = out_features
         self.init = init
         self.num_control_points = num_control_points
         self.spline_width = float(spline_width)
         self.impl = impl
+        self.sparse_grad = sparse_grad
         self.kan_weight = nn.Parameter(
             torch.empty(in_features, num_control_points, out_features, device=device, dtype=dtype)
         )
+        self._set_parameterization(parameterization, smoothness, density)
         self.reset_parameters()
 
     @property
     def knots(self):
         """The (N,) positions of the knots, in units of x, in float64."""
+        if self._knots is not None:
+            return self._knots.clone()
         half = self.spline_width / 2
-        return torch.linspace(-half, half, self.num_control_points, dtype=torch.float64)
+        return torch.linspace(-half, half, self.num_control_points, dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Set the table to self.init: every curve a straight line through the origin."""
+        """Set the control points to self.init: every curve a straight line through the origin."""
         shape = (self.in_features, self.out_features)
         weight = self.kan_weight
         if self.init == "random_normal":
@@ -368,7 +486,132 @@ class KANLayer(nn.Module):
         else:
             slopes = torch.zeros(shape, device=weight.device)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        weight.copy_(self.knots.to(weight.device, dtype).view(-1, 1) * slopes.to(dtype).unsqueeze(1))
+        self.set_control_points(self.knots.to(weight.device, dtype).view(-1, 1) * slopes.to(dtype).unsqueeze(1))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # From parameters to control points
+
+    def _set_parameterization(self, name, smoothness, density):
+        if name not in parameterizations.PARAMETERIZATIONS:
+            known = ", ".join(parameterizations.PARAMETERIZATIONS)
+            raise ValueError(f"parameterization must be one of {known}, got {name!r}")
+        scaled, whitened = parameterizations.uses_smoothness(name), name.startswith("whitened")
+        if (smoothness is not None and not scaled) or (density is not None and not whitened):
+            raise ValueError(
+                f"parameterization={name!r} has no smoothness or density, got {smoothness!r} and {density!r}; leave "
+                "them out, or use dct_scaled (smoothness) or whitened (both)"
+            )
+        if smoothness is not None and not 0 <= smoothness < math.inf:
+            raise ValueError(f"smoothness must be at least 0 and finite, got {smoothness!r}")
+        if density is not None and density not in parameterizations.DENSITIES:
+            raise ValueError(f"density must be one of {', '.join(parameterizations.DENSITIES)}, got {density!r}")
+        self.parameterization = name
+        self.smoothness = (100.0 if smoothness is None else float(smoothness)) if scaled else None
+        self.density = (density or "normal") if whitened else None
+        self._place()
+
+    def basis(self):
+        """M (N, N) in float64: the control points of an edge are M times its parameters."""
+        with torch.device("cpu"):  # also while a model is made on the meta device
+            return parameterizations.basis(self.parameterization, self.knots, self.smoothness, self.density)
+
+    def _place(self):
+        """Basis and knots, beside the weight and in float32 or better: bfloat16 would spoil what they are for."""
+        device, dtype = self.kan_weight.device, torch.promote_types(self.kan_weight.dtype, torch.float32)
+        matrix = self.parameterization not in ("bspline", "prefix_sum")
+        self._basis = self.basis().to(device, dtype) if matrix else None
+        self._search = None if self._knots is None else self._knots.to(device, dtype)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._place()
+        return self
+
+    def control_points(self):
+        """The table (F, N, O), differentiable with respect to kan_weight; unless bspline in float32 or better."""
+        if self.parameterization == "bspline":
+            return self.kan_weight
+        p = at_least_float32(self.kan_weight)
+        if self.parameterization == "prefix_sum":
+            return parameterizations.prefix_sums(p)
+        return self._basis.to(p.dtype) @ p
+
+    @torch.no_grad()
+    def set_control_points(self, table):
+        """Set kan_weight so that the control points are table (F, N, O), computed in float64."""
+        if self.parameterization != "bspline" and table.device.type != "meta":
+            table = torch.linalg.solve(self.basis().to(table.device), table.double())
+        self.kan_weight.copy_(table)
+
+    @torch.no_grad()
+    def to_parameterization(self, name, smoothness=None, density=None):
+        """Learn the same curves in other coordinates, in place; an optimizer that knows kan_weight must be made anew.
+
+        Exact up to the rounding of kan_weight's dtype. Returns the layer; ValueError as the constructor's.
+        """
+        before = self.parameterization, self.smoothness, self.density
+        table = self.basis().to(self.kan_weight.device) @ self.kan_weight.double()
+        if self.sparse_grad and name != "bspline":
+            raise ValueError(f"sparse_grad needs parameterization='bspline', got {name!r}: every row has a gradient")
+        try:
+            self._set_parameterization(name, smoothness, density)
+        except ValueError:
+            self._set_parameterization(*before)
+            raise
+        self.set_control_points(table)
+        return self
+
+    @torch.no_grad()
+    def refine(self, num_control_points=None, optimizer=None):
+        """More knots, the same curves, in place: kan_weight becomes a new parameter.
+
+        Args:
+            num_control_points: M with M - 1 a multiple of N - 1, so that every knot stays one; None for 2 N - 1.
+            optimizer: one that trains kan_weight; it trains the new one from then on, with its state carried over. A
+                fine control point gets about (N - 1) / (M - 1) of the gradient of the coarse ones around it, in these
+                proportions the first moment (Adam's exp_avg, SGD's momentum) is interpolated; the second is what it
+                would be if the coarse parameters' gradients had nothing to do with each other.
+
+        Returns the layer; raises ValueError for an M that is not such.
+        """
+        N, M = self.num_control_points, num_control_points or 2 * self.num_control_points - 1
+        if M < N or (M - 1) % (N - 1):
+            choices = [k * (N - 1) + 1 for k in (2, 3)]
+            raise ValueError(f"num_control_points must keep all {N} knots, as {choices} do, got {M}")
+        device = self.kan_weight.device
+        R, coarse, old = parameterizations.refinement(N, M), self.basis(), self.kan_weight
+        table = (R @ coarse).to(device) @ old.double()
+        if self._knots is not None:
+            self._knots = R @ self._knots
+        self.num_control_points = M
+        self.kan_weight = nn.Parameter(old.new_empty(self.in_features, M, self.out_features))
+        self._place()
+        self.set_control_points(table)
+        if optimizer is not None:
+            # A gradient of parameters is M.T times one of control points.
+            T = (N - 1) / (M - 1) * self.basis().T @ R @ torch.linalg.inv(coarse).T
+            for group in optimizer.param_groups:
+                group["params"] = [self.kan_weight if p is old else p for p in group["params"]]
+            state = optimizer.state.pop(old, {})
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape == old.shape:
+                    second = name in ("exp_avg_sq", "max_exp_avg_sq")
+                    state[name] = ((T * T if second else T).to(device) @ value.double()).to(value.dtype)
+            if state:
+                optimizer.state[self.kan_weight] = state
+        return self
+
+    def second_difference_penalty(self, per_edge=False):
+        """The sum of squared second differences of the control points, of all edges or (F, O) of each; differentiable.
+
+        A second difference is c[n] - 2 c[n + 1] + c[n + 2] for uniform knots, in the units of y; else the change of
+        slope times the mean spacing. Straight lines cost nothing. The memory it needs does not depend on N.
+        """
+        D = parameterizations.second_differences(self.knots)
+        each = SecondDifferences.apply(at_least_float32(self.control_points()), D)
+        return each if per_edge else each.sum()
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def forward(self, x):
         if x.dim() == 0 or x.shape[-1] != self.in_features:
@@ -381,7 +624,7 @@ class KANLayer(nn.Module):
         if autocast and x.dtype != torch.float64:  # as nn.Linear: autocast leaves float64 alone
             out_dtype = torch.get_autocast_dtype(device)
 
-        impl = self.impl
+        impl = "embedding_bag" if self.sparse_grad else self.impl
         if impl == "auto":
             training = wants_gradient(x, self.kan_weight)
             impl = choose_impl(device, self.num_control_points, x.numel() // self.in_features, training)
@@ -398,12 +641,11 @@ class KANLayer(nn.Module):
             dtype = torch.float32
 
         with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-            y = IMPLS[impl](
-                at_least_float32(x).reshape(-1, self.in_features),
-                self.kan_weight,
-                self.spline_width,
-                dtype,
-            )
+            evaluate = sparse_embedding_bag if self.sparse_grad else IMPLS[impl]
+            x_flat, width = at_least_float32(x).reshape(-1, self.in_features), self.spline_width
+            if self._search is not None:
+                x_flat, width = warp(x_flat, self._search.to(x_flat.dtype)), self.num_control_points - 1.0
+            y = evaluate(x_flat, self.control_points(), width, dtype)
         return y.to(out_dtype).view(*x.shape[:-1], self.out_features)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
@@ -421,6 +663,10 @@ class KANLayer(nn.Module):
         return (
             f"{self.in_features}, {self.out_features}, init={self.init}, num_control_points={self.num_control_points}, "
             f"spline_width={self.spline_width}, impl={impl}"
+            + (f", parameterization={self.parameterization}" if self.parameterization != "bspline" else "")
+            + (f", smoothness={self.smoothness:g}" if self.smoothness is not None else "")
+            + (", knots given" if self._knots is not None else "")
+            + (", sparse_grad" if self.sparse_grad else "")
         )
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -430,9 +676,12 @@ class KANLayer(nn.Module):
     def edge_activity(self):
         """(F, O): how far from constant each curve is, as its standard deviation over a unit-normal input."""
         knots = self.knots
-        density = torch.exp(-(knots**2) / 2)
+        ends = torch.cat((knots[:1], knots, knots[-1:]))
+        density = torch.exp(-(knots**2) / 2) * (
+            ends[2:] - ends[:-2]
+        )  # and its share of the axis, by the trapezoid rule
         density = (density / density.sum()).view(1, -1, 1)
-        table = self.kan_weight.detach().cpu().double()
+        table = self.control_points().detach().cpu().double()
         mean = (table * density).sum(1, keepdim=True)
         return ((table - mean) ** 2 * density).sum(1).sqrt()
 
@@ -462,7 +711,7 @@ class KANLayer(nn.Module):
             print(f"{len(wanted):,} edges are too many to draw: plotting the {max_edges} most active (max_edges=)")
             wanted = wanted[self.edge_activity().flatten()[wanted].topk(max_edges).indices]
 
-        table = self.kan_weight.detach().cpu().float().numpy()
+        table = self.control_points().detach().cpu().float().numpy()
         knots = self.knots.numpy()
         columns = min(columns, len(wanted))
         figure, axes = plt.subplots(

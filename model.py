@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import parameterizations
 from kan_layer import KANLayer
 
 
@@ -95,6 +96,9 @@ class KAN(nn.Module):
         C, H = config.n_embd, config.kan_hidden
         N, width = config.kan_control_points, config.kan_width
         options = dict(num_control_points=N, spline_width=width, impl=config.kan_impl)
+        options["parameterization"] = config.kan_parameterization
+        if parameterizations.uses_smoothness(config.kan_parameterization):
+            options["smoothness"] = config.kan_mu
         if H:
             # The first layer must not be zero: the second would see a constant and neither would learn.
             self.fc, self.ln = KANLayer(C, H, "random_normal", **options), make_norm(config, H)
@@ -137,6 +141,8 @@ class GPTConfig:
     kan_hidden: int = 0  # 0: one KANLayer; else two, with so many channels between
     kan_init: str = "zero"  # of the layer that writes to the residual stream: zero, random_normal, identity
     kan_impl: str = "auto"
+    kan_parameterization: str = "bspline"  # what is learned: control points, or coordinates of parameterizations.py
+    kan_mu: float = 100.0  # of dct_scaled and whitened: how dear a curve's second differences are
     position: str = "rope"  # rope, learned
     norm: str = "layernorm"  # layernorm, rmsnorm (without parameters)
     qk_norm: bool = False
@@ -146,7 +152,10 @@ class GPTConfig:
 
     def __post_init__(self):
         choices = dict(
-            mlp=("kan", "gelu", "relu2", "swiglu"), position=("learned", "rope"), norm=("layernorm", "rmsnorm")
+            mlp=("kan", "gelu", "relu2", "swiglu"),
+            kan_parameterization=parameterizations.PARAMETERIZATIONS,
+            position=("learned", "rope"),
+            norm=("layernorm", "rmsnorm"),
         )
         least = dict(
             block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, mlp_hidden=0, kan_hidden=0, logit_softcap=0
@@ -317,6 +326,9 @@ class GPT(nn.Module):
                 groups["matrices" if ".h." in name else "embeddings"].append(p)
         assert sum(map(len, groups.values())) == len(list(self.parameters()))
         return groups
+
+    def kan_layers(self):
+        return [module for module in self.modules() if isinstance(module, KANLayer)]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Sampling

@@ -1,4 +1,4 @@
-"""Pictures of runs: loss curves of one or several, and the curves a trained KAN has learned.
+"""Pictures of runs: loss curves of one or several, and a trained network: its curves over what enters them.
 
     python plot.py out/kan out/mlp --against=seconds --out=loss.png
     python plot.py out/kan --curves --out=curves.png
@@ -6,7 +6,9 @@
 matplotlib is imported where it is used.
 """
 
+import math
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,8 +23,8 @@ from log import read_log
 class Options:
     runs: tyro.conf.Positional[tuple[str, ...]]  # folders that train.py wrote
     against: Literal["steps", "tokens", "seconds"] = "steps"
-    curves: bool = False  # draw the first run's splines, the most active ones of every layer, instead
-    per_layer: int = 8  # of them in each layer
+    curves: bool = False  # draw the first run's network instead: the most active splines of every layer
+    per_layer: int = 6  # of them in each layer
     out: str = "loss.png"  # the picture to write
 
 
@@ -81,8 +83,94 @@ def loss_figure(runs, path, against="steps"):
     return save_figure(figure, path)
 
 
-def curves_figure(run, path, per_layer=8):
-    """The most active curves of every KANLayer of a run's model, a row a layer, over the knots; returns the path."""
+# ----------------------------------------------------------------------------------------------------------------------
+# A trained network
+
+BLUE, ORANGE, INK = "#0072B2", "#D55E00", "#3b4148"  # the colours are Okabe and Ito's, for the colour-blind too
+PALE, PALE_ORANGE = "#d9e0e8", "#f0b890"  # of histograms, inside the domain and outside
+TOKENS = 16_384  # of the validation data, for the histograms
+
+
+def curvature(layer):
+    """How bent a KANLayer's curves are, all together: the root mean square of their control points' second differences,
+    over their standard deviation along the knots. 0 for straight lines, sqrt(6) for unrelated control points; the same
+    curves given by more knots have less.
+    """
+    points = layer.control_points().detach()
+    spread = points.var(dim=1).sum().item() * (layer.num_control_points - 2)
+    return math.sqrt(layer.second_difference_penalty().item() / spread) if spread > 0 else 0.0
+
+
+def watch_inputs(model, features, batches):
+    """What enters KANLayers of a model that sees some batches, features saying which of their inputs matter:
+    {layer: [f, ...]} -> {layer: (share of all its inputs outside the domain, values (tokens, features) of those)}."""
+    import torch
+
+    seen = {layer: [] for layer in features}
+
+    def look(layer, inputs):
+        x, knots = inputs[0].flatten(0, -2).float(), layer.knots
+        outside = (x < knots[0].item()) | (x > knots[-1].item())
+        seen[layer].append((outside.double().mean(1), x[:, features[layer]]))
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in features]
+    with torch.inference_mode():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    parts = {layer: [torch.cat(part) for part in zip(*records, strict=True)] for layer, records in seen.items()}
+    return {layer: (outside.mean().item(), x) for layer, (outside, x) in parts.items()}
+
+
+def validation_batches(info):
+    """Validation windows of a run, spread evenly; none, and a warning, where its data is not at hand."""
+    import torch
+
+    from data.bins import TokenData
+
+    try:
+        data = TokenData(info["train"]["data"], info["model"]["block_size"])
+        if data.fingerprint != info["data_fingerprint"]:
+            raise ValueError(f"{data.folder} holds other data than the run was trained on")
+    except ValueError as error:
+        warnings.warn(f"the curves are drawn without the histograms of their inputs: {error}", stacklevel=2)
+        return []
+    starts = data.val_starts(TOKENS)
+    return [torch.from_numpy(data.val_batch(starts[i : i + 8])[:, :-1]) for i in range(0, len(starts), 8)]
+
+
+def draw_edge(axis, knots, points, x=None):
+    """One curve, dashed where it goes on outside its domain, over the histogram of its inputs x where there are any."""
+    import numpy as np
+
+    low, high, step = knots[0], knots[-1], (knots[-1] - knots[0]) / 16
+    left, right = low - 6 * step, high + 6 * step
+    if x is not None:
+        heights, edges = np.histogram(x, np.linspace(left, right, 29))
+        for first, last, color in ((0, 6, PALE_ORANGE), (6, 22, PALE), (22, 28, PALE_ORANGE)):  # low and high are edges
+            scaled = heights[first:last] / max(1, heights.max()) * 0.55  # of the axis' height
+            height_of_axis = axis.get_xaxis_transform()
+            axis.stairs(scaled, edges[first : last + 1], fill=True, color=color, linewidth=0, transform=height_of_axis)
+    for end, inner, far in ((0, 1, left), (-1, -2, right)):
+        slope = (points[end] - points[inner]) / (knots[end] - knots[inner])
+        beyond = points[end] + slope * (far - knots[end])
+        axis.plot((knots[end], far), (points[end], beyond), "--", color=BLUE, linewidth=1)
+        axis.axvline(knots[end], color=INK, linewidth=0.5, alpha=0.5)
+    axis.plot(knots, points, "o-", color=BLUE, linewidth=1.8, markersize=3)
+    axis.set(xlim=(left, right), xticks=(low, (low + high) / 2, high), axisbelow=True)
+    axis.locator_params(axis="y", nbins=4)
+    axis.tick_params(length=0, labelsize=8, labelcolor=INK)
+    axis.grid(True, color="#e8ebef", linewidth=0.6)
+    axis.spines[:].set_visible(False)
+
+
+def curves_figure(run, path, per_layer=6):
+    """A trained network, a row a KANLayer: its most active curves over the histograms of what enters them, the share of
+    its inputs outside the domain, and its curvature. Returns the path.
+
+    Inputs are those of the run's validation data; without it, curves and curvature are drawn alone.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,22 +179,50 @@ def curves_figure(run, path, per_layer=8):
     import checkpoint
     from kan_layer import KANLayer
 
-    model, _, _ = checkpoint.load_model(run)
+    if per_layer < 1:
+        raise ValueError(f"per_layer must be at least 1, got {per_layer}")
+    model, _, info = checkpoint.load_model(run)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, KANLayer)}
     if not layers:
         raise ValueError(f"the model in {run} has no splines: its mlp is {model.config.mlp}")
-    figure, axes = plt.subplots(
-        len(layers), per_layer, figsize=(1.5 * per_layer, 1.5 * len(layers)), squeeze=False, layout="constrained"
-    )
-    for row, (name, layer) in zip(axes, layers.items(), strict=True):
+    edges = {}
+    for layer in layers.values():
         top = layer.edge_activity().flatten().topk(min(per_layer, layer.in_features * layer.out_features)).indices
-        for axis, edge in zip(row, top.tolist(), strict=False):
-            f, o = divmod(edge, layer.out_features)
-            axis.plot(layer.knots, layer.kan_weight[f, :, o].detach(), marker=".", markersize=3, linewidth=1)
-            axis.set_title(f"{f} → {o}", fontsize=7)
-            axis.tick_params(labelsize=5)
-            axis.grid(True, linewidth=0.3)
-        row[0].set_ylabel(name.removeprefix("transformer."), fontsize=7)
+        edges[layer] = [divmod(edge, layer.out_features) for edge in top.tolist()]
+    batches, wanted = validation_batches(info), {layer: [f for f, _ in pairs] for layer, pairs in edges.items()}
+    inputs = watch_inputs(model, wanted, batches) if batches else {}
+
+    shape, size, widths = (len(layers), per_layer + 1), (10.5, 1 + 1.4 * len(layers)), [1] * per_layer + [0.75]
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, width_ratios=widths, layout="constrained")
+    for number, ((name, layer), row) in enumerate(zip(layers.items(), axes, strict=True), start=1):
+        knots, table = layer.knots.numpy(), layer.control_points().detach().cpu().double().numpy()
+        curves = [table[f, :, o] for f, o in edges[layer]]
+        low, high = min(points.min() for points in curves), max(points.max() for points in curves)
+        margin = 0.1 * (high - low) or 1.0
+        for k, points in enumerate(curves):
+            draw_edge(row[k], knots, points, inputs[layer][1][:, k].numpy() if inputs else None)
+            row[k].set_ylim(low - margin, high + margin)  # one scale a row
+            row[k].set_title("{} → {}".format(*edges[layer][k]), fontsize=9, color=INK, pad=3)
+            row[k].tick_params(labelleft=k == 0, labelbottom=number == len(layers))
+        for axis in row[len(curves) :]:
+            axis.axis("off")
+        row[0].set_ylabel(name.removeprefix("transformer."), fontsize=9, color=INK)
+        facts = [(f"{curvature(layer):.2f}", "curvature", BLUE)]
+        if inputs:
+            facts.append((f"{inputs[layer][0]:.1%}", "of inputs outside", ORANGE))
+        for height, (value, label, color) in zip((0.1, 0.6), facts, strict=False):
+            row[-1].text(0, height + 0.15, value, fontsize=15, color=color, weight="bold")
+            row[-1].text(0, height, label, fontsize=9, color=color)
+    figure.align_ylabels(axes[:, 0])
+    loss = "" if info["best_val_loss"] is None else f", best validation loss {info['best_val_loss']:.3f}"
+    title = f"{Path(run).name}: what it learned in {info['step']:,} steps{loss}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, color=INK, weight="bold")
+    behind = "Behind them the histogram of what enters, orange outside the domain. " if inputs else ""
+    caption = (
+        "The most active curves of each KANLayer, input channel → output channel, dashed where they go on outside "
+        f"their domain.\n{behind}Curvature: 0 for straight lines, 2.45 for unrelated control points."
+    )
+    figure.supxlabel(caption, x=0.01, ha="left", fontsize=9, color=INK)
     return save_figure(figure, path)
 
 

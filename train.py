@@ -21,7 +21,7 @@ import math
 import platform
 import signal
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import cli
+import parameterizations
 from data.bins import TokenData
 from device import World, choose_compile, choose_device, choose_dtype, peak_memory
 from log import Log, git_hash, lock, move_aside
@@ -60,6 +61,11 @@ class TrainConfig:
     kan_hidden: int = 0  # 0: one KANLayer; else two, with so many channels between
     kan_init: Literal["zero", "random_normal", "identity"] = "zero"
     kan_impl: Literal["auto", "embedding_bag", "dense", "csr", "embedding"] = "auto"
+    kan_parameterization: Literal[parameterizations.PARAMETERIZATIONS] = "bspline"  # what of a curve is learned
+    kan_mu: float = 100.0  # of dct_scaled and whitened: the weight of the penalty they are made for
+    kan_smoothness: float = 0.0  # weight in the loss of the sum of all curves' squared second differences
+    kan_smoothness_end: float = 1.0  # what fraction of it is left at the end; it falls geometrically
+    kan_refine_at: tuple[int, ...] = ()  # steps after which N control points become 2 N - 1, the curves unchanged
     match_parameters: int = 0  # choose mlp_hidden, kan_hidden or kan_control_points for so many parameters in all
     position: Literal["rope", "learned"] = "rope"  # learned: nanoGPT's, worse for both arms (see DIARY.md)
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -95,12 +101,20 @@ class TrainConfig:
     def check(self):
         above = "block_size batch_tokens eval_interval log_interval learning_rate table_learning_rate".split()
         at_least = "max_steps micro_batch warmup_steps decay_steps eval_tokens match_parameters seed".split()
-        at_least += "weight_decay table_weight_decay grad_clip table_grad_clip".split()
+        at_least += "weight_decay table_weight_decay grad_clip table_grad_clip kan_mu kan_smoothness".split()
         for name, value in vars(self).items():
             if (name in above and not value > 0) or (name in at_least and not value >= 0):
                 raise ValueError(f"{name} must be {'above' if name in above else 'at least'} 0, got {value}")
             if (name in ("beta1", "beta2") and not 0 <= value < 1) or (name == "min_lr" and not 0 <= value <= 1):
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+        if not 0 < self.kan_smoothness_end <= 1:
+            raise ValueError(f"kan_smoothness_end must be above 0 and at most 1, got {self.kan_smoothness_end}")
+        if list(self.kan_refine_at) != sorted(set(self.kan_refine_at)) or min(self.kan_refine_at, default=1) < 1:
+            raise ValueError(f"kan_refine_at must be increasing steps from 1 on, got {self.kan_refine_at}")
+        if self.mlp != "kan" and (self.kan_refine_at or self.kan_smoothness):
+            raise ValueError(
+                f"kan_refine_at and kan_smoothness are for mlp = kan, got mlp = {self.mlp}; leave them out"
+            )
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
 
@@ -108,10 +122,14 @@ class TrainConfig:
     def schedule_end(self):
         return self.decay_steps or self.max_steps
 
-    def model_config(self, vocab_size):
+    def model_config(self, vocab_size, step=0):
+        """The model's configuration, with the control points it has when `step` updates are done."""
         shared = {field.name for field in fields(GPTConfig)} & {field.name for field in fields(self)}
         config = GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in shared})
-        return match_parameters(config, self.match_parameters) if self.match_parameters else config
+        if self.match_parameters:
+            config = match_parameters(config, self.match_parameters)
+        refined = sum(at < step for at in self.kan_refine_at)
+        return replace(config, kan_control_points=(config.kan_control_points - 1) * 2**refined + 1)
 
 
 # What may differ when a run is resumed: where and how fast it runs, not what it computes. Of the second line only what
@@ -201,6 +219,11 @@ def evaluate(model, data, starts, batch, context, device, world, stop=()):
     return total / len(starts), signals > 0
 
 
+def smoothness(config, step):
+    """The weight of the second-difference penalty at update number `step`: lmKAN (arXiv 2509.07103) has it fall too."""
+    return config.kan_smoothness * config.kan_smoothness_end ** min(1.0, step / max(1, config.schedule_end))
+
+
 def clip(parameters, limit):
     """Scale the gradients to a norm of at most `limit` (0: leave them) and return the norm they had."""
     return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item() if parameters else 0.0
@@ -212,6 +235,7 @@ def clip(parameters, limit):
 def check_same_run(config, derived, info, folder):
     """Refuse to resume what would not be the same run, naming what differs; derived has the keys of LABELS."""
     then, now = {**info["train"], **info}, {**asdict(config), **derived}
+    now["kan_refine_at"] = list(config.kan_refine_at)  # as JSON has it
     changes = [
         f"{LABELS.get(name, name)} was {then.get(name)!r} and is {value!r}"
         for name, value in now.items()
@@ -262,7 +286,14 @@ def _train(config, world, device):
     )
 
     torch.manual_seed(config.seed)
-    model_config = config.model_config(data.vocab_size)
+    step, best, seconds = 0, math.inf, 0.0
+    if config.resume:
+        folder = checkpoint.find_in_run(config.out_dir, ("latest",))
+        info = checkpoint.read_info(folder)
+        check_same_run(config, derived, info, folder)
+        step, best, seconds = info["step"], info["best_val_loss"], info["seconds"]
+        best = math.inf if best is None else best
+    model_config = config.model_config(data.vocab_size, step)
     try:
         model = GPT(model_config)
     except RuntimeError as error:  # what PyTorch raises when the machine has no memory for it
@@ -271,14 +302,8 @@ def _train(config, world, device):
     world.print(f"parameters: {', '.join(f'{k} {v:,}' for k, v in counts.items() if v)}")
     world.print(f"flops per token: {', '.join(f'{k} {v:,}' for k, v in flops.items() if v)}")
 
-    step, best, seconds = 0, math.inf, 0.0
     if config.resume:
-        folder = checkpoint.find_in_run(config.out_dir, ("latest",))
-        info = checkpoint.read_info(folder)
-        check_same_run(config, derived, info, folder)
         checkpoint.load_weights(folder, model)
-        step, best, seconds = info["step"], info["best_val_loss"], info["seconds"]
-        best = math.inf if best is None else best
         world.print(f"resuming {folder} at step {step}")
     model.to(device)
     optimizers = make_optimizers(model, config, device)
@@ -291,14 +316,16 @@ def _train(config, world, device):
 
     use_compile, reason = choose_compile(config.compile, device)
     world.print(f"compile: {use_compile} ({reason})")
-    fast_model = torch.compile(model) if use_compile else model
-    training_model = fast_model
-    if world.distributed:
+
+    def prepare():
+        """(the model compiled, the same as it trains, its tables, its other parameters): anew when tables change."""
+        fast = torch.compile(model) if use_compile else model
         ids = [device.index] if device.type == "cuda" else None
-        training_model = DistributedDataParallel(fast_model, device_ids=ids)  # the model has no buffers
-    groups = model.parameter_groups()
-    tables = groups.pop("tables")
-    others = sum(groups.values(), [])
+        training = DistributedDataParallel(fast, device_ids=ids) if world.distributed else fast
+        groups = model.parameter_groups()
+        return fast, training, groups.pop("tables"), sum(groups.values(), [])
+
+    fast_model, training_model, tables, others = prepare()
     context = contextlib.nullcontext
     if dtype != torch.float32:
         context = lambda: torch.autocast(device.type, dtype=dtype)
@@ -363,6 +390,17 @@ def _train(config, world, device):
                 log.write(record)
             if stopped or step >= config.max_steps:
                 break
+            if step in config.kan_refine_at:
+                losses = [evaluate(fast_model, data, starts, micro_batch, context, device, world)[0]]
+                for layer in model.kan_layers():
+                    layer.refine(optimizer=optimizers[-1])
+                model_config = config.model_config(data.vocab_size, step + 1)
+                fast_model, training_model, tables, others = prepare()
+                losses.append(evaluate(fast_model, data, starts, micro_batch, context, device, world)[0])
+                world.print(
+                    f"step {step}: {model_config.kan_control_points} control points from here on; validation loss "
+                    "{:.6f} before, {:.6f} after".format(*losses)
+                )
 
             started = time.perf_counter()
             scale = schedule(config, step)
@@ -379,8 +417,12 @@ def _train(config, world, device):
                 with sync:
                     with context():
                         loss = training_model(windows[:, :-1], windows[:, 1:])[1] / micro_steps
+                    loss_sum += loss.detach()
+                    if last and config.kan_smoothness:  # once a step; not part of the loss that is reported
+                        loss = loss + smoothness(config, step) * sum(
+                            layer.second_difference_penalty() for layer in model.kan_layers()
+                        )
                     scaler.scale(loss).backward()
-                loss_sum += loss.detach()
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norms = clip(others, config.grad_clip), clip(tables, config.table_grad_clip)

@@ -28,12 +28,29 @@ def test_layers_are_measured_and_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
+def test_evaluations_are_measured_and_written(tmp_path):
+    out = tmp_path / "bench.json"
+    shapes = ("--features", "6", "--points", "4", "5", "--tokens", "40", "--only", "coo", "dense, scatter")
+    done = bench("--evaluations", *shapes, "--seconds", "0.01", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    records = json.loads(out.read_text())["evaluations"]
+    measured = {(r["name"], r["compiled"]) for r in records if r["N"] == 5 and r["name"] != "cpp"}
+    assert measured == {("coo", False), ("dense, scatter", False), ("dense, scatter", True)}
+    assert all(r["fwd"] > 0 and r["fwd_bwd"] > 0 and r["tokens"] == 40 and r["C"] == 6 for r in records)
+    assert done.stdout.count("40 tokens, 6 to 6, N = ") == 2 and "Not compiled: csc, coo, bsr: " in done.stdout
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("| coo", "| dense", "| cpp"))]
+    for shape in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):  # one or more are best in every column
+        assert all(any("**" in cell for cell in column) for column in list(zip(*shape))[1:])
+    assert all(row[4:] == ["-", "-", "- |"] for row in rows if row[0] == "| coo")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--points", "1"], "points at least 2"),
         (["--token", "8"], "unknown option --token; did you mean tokens?"),
         (["--model", "--nanogpt", "nowhere"], "no nanoGPT in nowhere"),
+        (["--device", "cuda"], "device is cpu, or with --evaluations cuda where there is a GPU, got 'cuda'"),
     ],
 )
 def test_mistakes_in_one_line(arguments, message):

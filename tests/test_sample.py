@@ -1,14 +1,19 @@
 """Sampling from a checkpoint, plotting, and what the README promises."""
 
+import json
 import re
 import shutil
+import warnings
 
 import pytest
+import torch
 from conftest import ROOT, assert_one_line
 
 import log
+import plot
 import train
 from data import bins, tokenizer
+from kan_layer import KANLayer
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +98,50 @@ def test_curves_that_were_learned(script, trained, tmp_path):
     assert script("plot.py", trained / "kan", "--curves", "--out=c.png").returncode == 0
     assert (tmp_path / "c.png").stat().st_size > 10_000
     assert_one_line(script("plot.py", trained / "gelu", "--curves"), "has no splines: its mlp is gelu")
+    assert_one_line(script("plot.py", trained / "kan", "--curves", "--per_layer=0"), "per_layer must be at least 1")
+    many = script("plot.py", trained / "kan", "--curves", "--per_layer=9", "--out=many.png")
+    assert many.returncode == 0 and not many.stderr
     assert_one_line(script("plot.py", tmp_path / "none"), "log.jsonl")
     assert_one_line(script("plot.py"), "name at least one folder")
     assert_one_line(script("plot.py", trained / "kan", "--out=c.xyz"), "can't write a picture to c.xyz")
     assert script("plot.py", trained / "kan", "--out=plain").returncode == 0 and (tmp_path / "plain.png").is_file()
+
+
+def test_a_network_without_its_data_is_drawn_with_a_warning(trained, tmp_path):
+    for name in ("gone", "other"):
+        shutil.copytree(trained / "kan" / "best", tmp_path / name)
+        info = json.loads((tmp_path / name / "config.json").read_text())
+        info["data_fingerprint" if name == "other" else "train"] = {"data": "gone"}
+        (tmp_path / name / "config.json").write_text(json.dumps(info))
+        with pytest.warns(UserWarning, match="no data set 'gone'" if name == "gone" else "other data than the run"):
+            picture = plot.curves_figure(tmp_path / name, tmp_path / f"{name}.png", per_layer=3)
+        assert picture.stat().st_size > 10_000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.curves_figure(trained / "kan", tmp_path / "whole.png", per_layer=3)
+    assert (tmp_path / "whole.png").read_bytes() != (tmp_path / "gone.png").read_bytes()
+
+
+def test_what_enters_the_layers_is_counted():
+    layer = KANLayer(2, 3, num_control_points=5, spline_width=4.0)
+    batches = [torch.tensor([[[-2.1, 0.0], [2.0, 7.0]]]), torch.tensor([[[0.5, -2.0]]])]  # 2 of 6 are outside [-2, 2]
+    share, values = plot.watch_inputs(torch.nn.Sequential(layer), {layer: [1, 1, 0]}, batches)[layer]
+    assert share == pytest.approx(2 / 6)
+    assert values.tolist() == [[0.0, 0.0, pytest.approx(-2.1)], [7.0, 7.0, 2.0], [-2.0, -2.0, 0.5]]
+    layer(torch.full((1, 2), 9.0))  # no hook was left behind
+    assert len(values) == 3 and not layer._forward_pre_hooks
+
+
+def test_curvature_of_curves_that_are_known():
+    assert plot.curvature(KANLayer(8, 8, init="zero")) == 0
+    assert plot.curvature(KANLayer(8, 8, num_control_points=2)) == 0
+    assert plot.curvature(KANLayer(8, 8, num_control_points=9)) < 1e-4  # random_normal: straight lines
+    layer = KANLayer(64, 64, num_control_points=9)
+    torch.nn.init.normal_(layer.kan_weight, mean=5.0)
+    assert plot.curvature(layer) == pytest.approx(6**0.5, rel=0.02)
+    with torch.no_grad():
+        layer.kan_weight.copy_(torch.tensor([0.0, 1.0] * 4 + [0.0]).view(1, 9, 1).expand_as(layer.kan_weight))
+    assert plot.curvature(layer) == pytest.approx(2 / torch.tensor([0.0, 1.0] * 4 + [0.0]).std().item())
 
 
 def test_damaged_logs(tmp_path):
