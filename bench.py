@@ -6,7 +6,7 @@
     python bench.py --model               training steps and sampling of the small GPT, spline against MLP
     python bench.py --kan_benchmarking    that project's setting: batch 100, 1000 -> 1000 -> 1, 10 million parameters
     python bench.py --evaluations         every entry of evaluations.py, eager and compiled, at N of --points and at 768
-                                          tokens, 384 to 384, or else the first of --tokens and of --features;
+                                          tokens, 384 to 384, or else the first of --tokens and --features; 8 minutes;
                                           --device=cuda for a GPU
 
 Prints Markdown tables and writes the same to --out as JSON. Times are milliseconds; only ratios of one run mean

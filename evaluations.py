@@ -3,6 +3,7 @@
 A spline is a look-up, and a look-up is a matrix product with a matrix that is nearly empty. Between these two views
 lie all the ways below. They compute the same function, kan_layer.py's, and differ in what they hold in memory, in the
 order they read the table in, and in what their backward costs; `python bench.py --evaluations` shows that in numbers.
+Those below are its: ms on 2 cores with AVX-512, torch 2.13, 768 tokens, 384 to 384.
 
 The maths. x[f] falls into interval i of the N - 1 between the knots, at t in [0, 1) of its length; outside the domain i
 stays the end interval and t goes on:
@@ -38,13 +39,14 @@ from kan_layer import locate, look_up
 
 def embedding_bag(x, table, spline_width):
     """F.embedding_bag over indices i, i + 1, i, i + 1, ...: the two rows of an edge, neighbours in memory, are read one
-    after the other. Holds 4 * B*F indices and weights. Wins without a compiler, for many knots and few tokens."""
+    after the other. Holds 4 * B*F indices and weights. Wins where nothing can be compiled: with `stacked` the fastest
+    forward of PyTorch's operators for N = 8, 32 and 128, and from 32 on with its backward too."""
     return kan_layer.embedding_bag(x, table, spline_width, table.dtype)
 
 
 def embedding_bag_stacked(x, table, spline_width):
-    """F.embedding_bag over all i, then all i + 1. Holds as much; the second half comes back to where the first was,
-    which costs nothing only while the F rows between them fit into a cache."""
+    """F.embedding_bag over all i, then all i + 1: the second half comes back to where the first was. Holds as much, and
+    takes as long: forward 9.2 against 8.1 for N = 8, 27 against 31 for N = 128."""
     rows, weights = (pair.transpose(1, 2).flatten(1) for pair in look_up(x, table.shape[1], spline_width))  # (B, 2F)
     return F.embedding_bag(rows, table.flatten(0, 1), per_sample_weights=weights, mode="sum")
 
@@ -234,7 +236,8 @@ def sort(x, table, spline_width):
 
 def counting_sort(x, table, spline_width):
     """By counting, since keys are few: a token goes to (tokens of lower intervals) + (earlier ones of its own).
-    B*N steps a feature, all parallel, where a sort by comparison takes B*log(B): wins if N is small."""
+    B*N steps a feature, all parallel, where a sort by comparison takes B*log(B). Made of PyTorch's operators it loses
+    even for N = 8, forward 71 against 58; in C++ it is what cpp does."""
     return SortedLookUp.apply(x, table, spline_width, order_by_counting)
 
 
