@@ -392,7 +392,8 @@ class KANLayer(nn.Module):
         impl: "cpp", "embedding_bag", "dense", "csr", "embedding", or "auto" (see choose_impl).
         parameterization: what kan_weight holds: "bspline", the control points, or the coordinates of
             parameterizations.py, from which they are derived once a forward.
-        smoothness, density: of "dct_scaled" and the "whitened" ones, see there; None is 100 and "normal".
+        smoothness, density: of "dct_scaled" and the "whitened" ones, see there; None is 100 * ((N - 1) / 31)^4 and
+            "normal".
         knots: (N,) increasing positions, in place of uniform ones on the domain; num_control_points and spline_width
             then follow from them. Normal quantiles, say, give every interval as many of a layer-normed input.
         sparse_grad: the gradient of kan_weight is a sparse tensor of the visited rows. Works with torch.optim.SGD
@@ -506,9 +507,17 @@ class KANLayer(nn.Module):
         if density is not None and density not in parameterizations.DENSITIES:
             raise ValueError(f"density must be one of {', '.join(parameterizations.DENSITIES)}, got {density!r}")
         self.parameterization = name
-        self.smoothness = (100.0 if smoothness is None else float(smoothness)) if scaled else None
+        self._smoothness = smoothness  # as given; the default depends on N, which refine changes
         self.density = (density or "normal") if whitened else None
         self._place()
+
+    @property
+    def smoothness(self):
+        """mu, the weight of the penalty that the parameterization is made for; None where there is none."""
+        if not parameterizations.uses_smoothness(self.parameterization):
+            return None
+        default = parameterizations.default_smoothness(self.num_control_points)
+        return default if self._smoothness is None else float(self._smoothness)
 
     def basis(self):
         """M (N, N) in float64: the control points of an edge are M times its parameters."""
@@ -549,7 +558,7 @@ class KANLayer(nn.Module):
 
         Exact up to the rounding of kan_weight's dtype. Returns the layer; ValueError as the constructor's.
         """
-        before = self.parameterization, self.smoothness, self.density
+        before = self.parameterization, self._smoothness, self.density
         table = self.basis().to(self.kan_weight.device) @ self.kan_weight.double()
         if self.sparse_grad and name != "bspline":
             raise ValueError(f"sparse_grad needs parameterization='bspline', got {name!r}: every row has a gradient")

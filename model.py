@@ -142,7 +142,7 @@ class GPTConfig:
     kan_init: str = "zero"  # of the layer that writes to the residual stream: zero, random_normal, identity
     kan_impl: str = "auto"
     kan_parameterization: str = "bspline"  # what is learned: control points, or coordinates of parameterizations.py
-    kan_mu: float = 100.0  # of dct_scaled and whitened: how dear a curve's second differences are
+    kan_mu: float | None = None  # of dct_scaled and whitened: how dear second differences are; None: by N
     position: str = "rope"  # rope, learned
     norm: str = "layernorm"  # layernorm, rmsnorm (without parameters)
     qk_norm: bool = False

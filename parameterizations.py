@@ -17,7 +17,9 @@ step on p moves c by M @ M.T times what a step on c would, so M says which curve
                   gradient descent does not notice and Adam does.
     legendre      discrete Legendre (Gram) polynomials on the knots, orthonormal: p[0] the mean, p[1] the slope, ...
 
-mu is the weight of the penalty on second differences that a parameterization is made for: smoothness= of KANLayer.
+mu is the weight of the penalty on second differences that a parameterization is made for: smoothness= of KANLayer. The
+same function has second differences in proportion to 1 / (N - 1)^2, so what is equally smooth has mu in proportion to
+(N - 1)^4: by default 100 at N = 32 and 0.26 at N = 8 (what each gave in a GPT is in docs/layer.md).
 
 The rank-2 correction. lambda[k] = 2 - 2 cos(pi k / N) are the eigenvalues of the Neumann second difference L, the
 (N, N) matrix with rows (-1, 2, -1) inside and (1, -1), (-1, 1) at the ends; the DCT-II diagonalises it, so L.T @ L has
@@ -52,6 +54,10 @@ DENSITIES = ("normal", "uniform")
 
 def uses_smoothness(name):
     return name == "dct_scaled" or name.startswith("whitened")
+
+
+def default_smoothness(N):
+    return 100.0 * ((N - 1) / 31) ** 4
 
 
 def second_differences(knots):

@@ -62,7 +62,7 @@ class TrainConfig:
     kan_init: Literal["zero", "random_normal", "identity"] = "zero"
     kan_impl: Literal["auto", "embedding_bag", "dense", "csr", "embedding"] = "auto"
     kan_parameterization: Literal[parameterizations.PARAMETERIZATIONS] = "bspline"  # what of a curve is learned
-    kan_mu: float = 100.0  # of dct_scaled and whitened: the weight of the penalty they are made for
+    kan_mu: float | None = None  # of dct_scaled and whitened: the penalty's weight they are made for; None: by N
     kan_smoothness: float = 0.0  # weight in the loss of the sum of all curves' squared second differences
     kan_smoothness_end: float = 1.0  # what fraction of it is left at the end; it falls geometrically
     kan_refine_at: tuple[int, ...] = ()  # steps after which N control points become 2 N - 1, the curves unchanged
@@ -101,12 +101,14 @@ class TrainConfig:
     def check(self):
         above = "block_size batch_tokens eval_interval log_interval learning_rate table_learning_rate".split()
         at_least = "max_steps micro_batch warmup_steps decay_steps eval_tokens match_parameters seed".split()
-        at_least += "weight_decay table_weight_decay grad_clip table_grad_clip kan_mu kan_smoothness".split()
+        at_least += "weight_decay table_weight_decay grad_clip table_grad_clip kan_smoothness".split()
         for name, value in vars(self).items():
             if (name in above and not value > 0) or (name in at_least and not value >= 0):
                 raise ValueError(f"{name} must be {'above' if name in above else 'at least'} 0, got {value}")
             if (name in ("beta1", "beta2") and not 0 <= value < 1) or (name == "min_lr" and not 0 <= value <= 1):
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+        if self.kan_mu is not None and not 0 <= self.kan_mu < math.inf:
+            raise ValueError(f"kan_mu must be at least 0, got {self.kan_mu}")
         if not 0 < self.kan_smoothness_end <= 1:
             raise ValueError(f"kan_smoothness_end must be above 0 and at most 1, got {self.kan_smoothness_end}")
         if list(self.kan_refine_at) != sorted(set(self.kan_refine_at)) or min(self.kan_refine_at, default=1) < 1:

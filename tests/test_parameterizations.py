@@ -338,6 +338,14 @@ def test_training_goes_on_after_refining(name):
     assert max(losses[41:]) < 1.02 * losses[40] and losses[-1] < losses[40]
 
 
+def test_the_default_smoothness_goes_with_the_control_points():
+    layer = random_layer(2, 2, 32, parameterization="whitened")
+    assert layer.smoothness == 100 and layer.refine().smoothness == 100 * (62 / 31) ** 4
+    given_one = random_layer(2, 2, 32, parameterization="whitened", smoothness=3.0)
+    assert given_one.smoothness == 3.0 and given_one.refine().smoothness == 3.0
+    assert given_one.to_parameterization("dct").smoothness is None
+
+
 def test_refine_refuses_what_would_not_keep_the_knots():
     with pytest.raises(ValueError, match="keep all 8 knots"):
         KANLayer(2, 2, num_control_points=8).refine(16)
