@@ -538,7 +538,7 @@ GATHERS = (
 )
 HATS = ("csc", "coo", "bsr", "dense, formula")
 NOT_COMPILED = {
-    "feature-major": "a loop over features, which it unrolls for minutes",
+    "feature-major": "a loop over features, which it would unroll",
     **dict.fromkeys(("sort", "counting sort"), "runs of tokens have lengths known only at run time"),
     **dict.fromkeys(("csc", "coo", "bsr"), "it makes no sparse tensors"),
 }

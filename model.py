@@ -165,6 +165,11 @@ class GPTConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices[name])}, got {value!r}")
             if name in least and not value >= least[name]:
                 raise ValueError(f"{name} must be at least {least[name]}, got {value}")
+        if self.kan_mu is not None and not parameterizations.uses_smoothness(self.kan_parameterization):
+            raise ValueError(
+                f"kan_mu = {self.kan_mu} is for kan_parameterization = dct_scaled and whitened, got "
+                f"{self.kan_parameterization}; leave it out"
+            )
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}")
         if self.position == "rope" and (self.n_embd // self.n_head) % 2:

@@ -60,7 +60,7 @@ class TrainConfig:
     kan_width: float = 4.0  # domain of the curves
     kan_hidden: int = 0  # 0: one KANLayer; else two, with so many channels between
     kan_init: Literal["zero", "random_normal", "identity"] = "zero"
-    kan_impl: Literal["auto", "embedding_bag", "dense", "csr", "embedding"] = "auto"
+    kan_impl: Literal["auto", "cpp", "embedding_bag", "dense", "csr", "embedding"] = "auto"
     kan_parameterization: Literal[parameterizations.PARAMETERIZATIONS] = "bspline"  # what of a curve is learned
     kan_mu: float | None = None  # of dct_scaled and whitened: the penalty's weight they are made for; None: by N
     kan_smoothness: float = 0.0  # weight in the loss of the sum of all curves' squared second differences

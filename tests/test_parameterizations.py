@@ -548,6 +548,7 @@ def test_the_smoothness_penalty_makes_curves_smoother(tiny):
         (["--mlp=gelu", "--kan_refine_at", "5"], "mlp = kan"),
         (["--kan_smoothness_end=0"], "above 0"),
         (["--kan_mu=-1"], "kan_mu"),
+        (["--kan_mu=2"], "leave it out"),
     ],
 )
 def test_settings_that_cannot_be(script, tiny, arguments, words):
