@@ -24,14 +24,14 @@ end. A NaN makes its own token NaN and no other. "Holds" is said of numbers, bes
 """
 
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
 
 import kan_kernels
 import kan_layer
-from kan_layer import locate, look_up
+from kan_layer import locate, look_up, two_rows, unchecked
+from parameterizations import hats, search
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bags: the sum is made while the rows are read.
@@ -125,13 +125,6 @@ def unfold(x, table, spline_width):
 # Products with a sparse A: the formats differ in the order its 2 * B*F numbers are kept in. CPUs need MKL.
 
 
-def beta(make, *parts, **how):
-    """A sparse tensor made unchecked, and without PyTorch's notice that such tensors are in beta."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse ", category=UserWarning)
-        return make(*parts, **how, check_invariants=False)
-
-
 def csr(x, table, spline_width):
     """Rows of A one after the other: the look-up in other words. Forward and backward are products of MKL's, the
     gradient of x a product sampled where A is not zero; saves only x."""
@@ -145,7 +138,7 @@ def csc(x, table, spline_width):
     flat = table.flatten(0, 1)
     order = rows.argsort(stable=True)
     ends = F.pad(torch.bincount(rows, minlength=len(flat)).cumsum(0), (1, 0))
-    A = beta(torch.sparse_csc_tensor, ends, order // (2 * x.shape[1]), weights[order], (len(x), len(flat)))
+    A = unchecked(torch.sparse_csc_tensor, ends, order // (2 * x.shape[1]), weights[order], (len(x), len(flat)))
     return A @ flat
 
 
@@ -155,7 +148,7 @@ def coo(x, table, spline_width):
     rows, weights = (pair.flatten() for pair in look_up(x, table.shape[1], spline_width))
     flat = table.flatten(0, 1)
     tokens = torch.arange(len(x), device=x.device).repeat_interleave(2 * x.shape[1])
-    A = beta(torch.sparse_coo_tensor, torch.stack((tokens, rows)), weights, (len(x), len(flat)), is_coalesced=True)
+    A = unchecked(torch.sparse_coo_tensor, torch.stack((tokens, rows)), weights, (len(x), len(flat)), is_coalesced=True)
     return A @ flat
 
 
@@ -171,7 +164,7 @@ class BlockProduct(torch.autograd.Function):
     @staticmethod
     def blocks(x, N, spline_width):
         """(B / N, F, N, N), B made up to a multiple of N with rows of zeros."""
-        A = F.pad(kan_layer.hats(*locate(x, N, spline_width), N, x.dtype), (0, 0, 0, 0, 0, -len(x) % N))
+        A = F.pad(hats(*locate(x, N, spline_width), N, x.dtype), (0, 0, 0, 0, 0, -len(x) % N))
         return A.view(-1, N, x.shape[1], N).transpose(1, 2)
 
     @staticmethod
@@ -179,7 +172,7 @@ class BlockProduct(torch.autograd.Function):
         rows, columns, N, _ = blocks.shape
         starts = torch.arange(rows + 1, device=blocks.device) * columns
         places = torch.arange(columns, device=blocks.device).repeat(rows)
-        return beta(torch.sparse_bsr_tensor, starts, places, blocks.reshape(-1, N, N), (rows * N, columns * N))
+        return unchecked(torch.sparse_bsr_tensor, starts, places, blocks.reshape(-1, N, N), (rows * N, columns * N))
 
     @staticmethod
     def forward(ctx, x, table, spline_width):
@@ -298,11 +291,8 @@ def bucketize(x, table, spline_width, knots=None):
     N = table.shape[1]
     if knots is None:
         knots = torch.linspace(-spline_width / 2, spline_width / 2, N, dtype=torch.float64, device=x.device)
-    position, knots = x.double(), knots.double()
-    i = torch.bucketize(position.detach(), knots[1:-1], right=True)  # only inner knots divide: the end pieces go on
-    t = ((position - knots[i]) / (knots[i + 1] - knots[i])).to(x.dtype)
-    rows = torch.arange(x.shape[1], device=x.device) * N + i
-    rows, weights = torch.stack((rows, rows + 1), dim=2), torch.stack((1 - t, t), dim=2)
+    i, t = search(x.double(), knots.double())
+    rows, weights = two_rows(i, t.to(x.dtype), N)
     return F.embedding_bag(rows.flatten(1), table.flatten(0, 1), per_sample_weights=weights.flatten(1), mode="sum")
 
 

@@ -45,6 +45,7 @@ import torch.nn.functional as F
 
 import kan_kernels
 import parameterizations
+from parameterizations import hats
 
 INITS = ("random_normal", "identity", "zero")
 
@@ -69,8 +70,8 @@ def warp(x, knots):
     The interval is found by search, and everything else stays as it is: the derivative with respect to x too, since
     it passes through here.
     """
-    i = torch.bucketize(x.detach(), knots[1:-1], right=True)
-    return i + (x - knots[i]) / (knots[i + 1] - knots[i]) - (len(knots) - 1) / 2
+    i, t = parameterizations.search(x, knots)
+    return i + t - (len(knots) - 1) / 2
 
 
 def at_least_float32(x):
@@ -79,8 +80,11 @@ def at_least_float32(x):
 
 def look_up(x, num_control_points, spline_width):
     """What each token reads: rows of the table as (F * N, O), and their weights 1 - t and t, both (B, F, 2)."""
-    i, t = locate(x, num_control_points, spline_width)
-    rows = torch.arange(x.shape[1], device=x.device) * num_control_points + i
+    return two_rows(*locate(x, num_control_points, spline_width), num_control_points)
+
+
+def two_rows(i, t, num_control_points):
+    rows = torch.arange(i.shape[1], device=i.device) * num_control_points + i
     return torch.stack((rows, rows + 1), dim=2), torch.stack((1 - t, t), dim=2)
 
 
@@ -154,15 +158,20 @@ def split_tokens(x, tokens):
     return [x[start : start + tokens] for start in range(0, max(1, x.shape[0]), tokens)]
 
 
+def unchecked(make, *parts, **how):
+    """A sparse tensor made without checks, and without PyTorch's notice that its compressed formats are in beta."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse ", category=UserWarning)
+        return make(*parts, **how, check_invariants=False)
+
+
 def sparse_hats(x, table, spline_width):
     """A (B, F*N) in CSR form."""
     in_features, N, _ = table.shape
     columns, values = (pair.flatten() for pair in look_up(x, N, spline_width))
     starts = torch.arange(0, (x.shape[0] + 1) * 2 * in_features, 2 * in_features, device=x.device)
     size = (x.shape[0], in_features * N)
-    with warnings.catch_warnings():  # PyTorch's notice that its sparse CSR support is in beta
-        warnings.filterwarnings("ignore", message="Sparse CS", category=UserWarning)
-        return torch.sparse_csr_tensor(starts, columns, values.to(table.dtype), size, check_invariants=False)
+    return unchecked(torch.sparse_csr_tensor, starts, columns, values.to(table.dtype), size)
 
 
 # An operator of our own, because torch.compile can't trace sparse tensors; saved state is x alone.
@@ -271,13 +280,6 @@ class SecondDifferences(torch.autograd.Function):
             for k, weight in enumerate(weights):
                 grad[:, n + k].add_(bend, alpha=weight)
         return grad, None
-
-
-def hats(i, t, N, dtype):
-    """A, dense: (B, F, N) with 1 - t at i, t at i + 1 and 0 elsewhere."""
-    A = torch.zeros(*i.shape, N, dtype=dtype, device=i.device)
-    A.scatter_(2, i.unsqueeze(2), (1 - t).unsqueeze(2).to(dtype))
-    return A.scatter_(2, (i + 1).unsqueeze(2), t.unsqueeze(2).to(dtype))
 
 
 def hat_chunk(x, table):
@@ -449,11 +451,8 @@ class KANLayer(nn.Module):
             raise ValueError(f"init='identity' needs in_features == out_features, got {in_features} and {out_features}")
         if impl != "auto" and impl not in IMPLS:
             raise ValueError(f"impl must be one of auto, {', '.join(IMPLS)}, got {impl!r}")
-        if sparse_grad and (impl not in ("auto", "embedding_bag") or parameterization != "bspline"):
-            raise ValueError(
-                f"sparse_grad needs impl='embedding_bag' or 'auto' and parameterization='bspline', got {impl!r} and "
-                f"{parameterization!r}: with others every row has a gradient"
-            )
+        if sparse_grad and impl not in ("auto", "embedding_bag"):
+            raise ValueError(f"sparse_grad needs impl='embedding_bag' or 'auto', got {impl!r}")
         self.in_features = in_features
         self.out_features = out_features
         self.init = init
@@ -496,6 +495,8 @@ class KANLayer(nn.Module):
         if name not in parameterizations.PARAMETERIZATIONS:
             known = ", ".join(parameterizations.PARAMETERIZATIONS)
             raise ValueError(f"parameterization must be one of {known}, got {name!r}")
+        if self.sparse_grad and name != "bspline":
+            raise ValueError(f"sparse_grad needs parameterization='bspline', got {name!r}: every row has a gradient")
         scaled, whitened = parameterizations.uses_smoothness(name), name.startswith("whitened")
         if (smoothness is not None and not scaled) or (density is not None and not whitened):
             raise ValueError(
@@ -545,6 +546,11 @@ class KANLayer(nn.Module):
             return parameterizations.prefix_sums(p)
         return self._basis.to(p.dtype) @ p
 
+    def _exact_control_points(self):
+        """In float64, to be set again in other coordinates."""
+        p = self.kan_weight.double()
+        return p if self.parameterization == "bspline" else self.basis().to(p.device) @ p
+
     @torch.no_grad()
     def set_control_points(self, table):
         """Set kan_weight so that the control points are table (F, N, O), computed in float64."""
@@ -559,9 +565,7 @@ class KANLayer(nn.Module):
         Exact up to the rounding of kan_weight's dtype. Returns the layer; ValueError as the constructor's.
         """
         before = self.parameterization, self._smoothness, self.density
-        table = self.basis().to(self.kan_weight.device) @ self.kan_weight.double()
-        if self.sparse_grad and name != "bspline":
-            raise ValueError(f"sparse_grad needs parameterization='bspline', got {name!r}: every row has a gradient")
+        table = self._exact_control_points()
         try:
             self._set_parameterization(name, smoothness, density)
         except ValueError:
@@ -589,7 +593,7 @@ class KANLayer(nn.Module):
             raise ValueError(f"num_control_points must keep all {N} knots, as {choices} do, got {M}")
         device = self.kan_weight.device
         R, coarse, old = parameterizations.refinement(N, M), self.basis(), self.kan_weight
-        table = (R @ coarse).to(device) @ old.double()
+        table = R.to(device) @ self._exact_control_points()
         if self._knots is not None:
             self._knots = R @ self._knots
         self.num_control_points = M
@@ -686,9 +690,8 @@ class KANLayer(nn.Module):
         """(F, O): how far from constant each curve is, as its standard deviation over a unit-normal input."""
         knots = self.knots
         ends = torch.cat((knots[:1], knots, knots[-1:]))
-        density = torch.exp(-(knots**2) / 2) * (
-            ends[2:] - ends[:-2]
-        )  # and its share of the axis, by the trapezoid rule
+        # The bell at each knot, times its share of the axis by the trapezoid rule.
+        density = torch.exp(-(knots**2) / 2) * (ends[2:] - ends[:-2])
         density = (density / density.sum()).view(1, -1, 1)
         table = self.control_points().detach().cpu().double()
         mean = (table * density).sum(1, keepdim=True)

@@ -165,6 +165,8 @@ class GPTConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices[name])}, got {value!r}")
             if name in least and not value >= least[name]:
                 raise ValueError(f"{name} must be at least {least[name]}, got {value}")
+        if self.kan_mu is not None and not 0 <= self.kan_mu < math.inf:
+            raise ValueError(f"kan_mu must be at least 0, got {self.kan_mu}")
         if self.kan_mu is not None and not parameterizations.uses_smoothness(self.kan_parameterization):
             raise ValueError(
                 f"kan_mu = {self.kan_mu} is for kan_parameterization = dct_scaled and whitened, got "

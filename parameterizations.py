@@ -66,23 +66,28 @@ def second_differences(knots):
     For uniform knots c[n] - 2 c[n + 1] + c[n + 2]. Zero for straight lines, whatever the knots.
     """
     h = knots.diff()
-    D = torch.zeros(len(knots) - 2, len(knots), dtype=torch.float64)
-    for n in range(len(knots) - 2):
-        D[n, n], D[n, n + 1], D[n, n + 2] = 1 / h[n], -1 / h[n] - 1 / h[n + 1], 1 / h[n + 1]
-    return D * h.mean()
+    slopes = torch.eye(len(knots), dtype=torch.float64).diff(dim=0) / h[:, None]
+    return slopes.diff(dim=0) * h.mean()
 
 
-def hats(x, knots):
-    """(len(x), N): the weights of the control points at x; beyond the ends the end pieces go on as straight lines."""
-    i = torch.bucketize(x, knots[1:-1], right=True)
-    t = (x - knots[i]) / (knots[i + 1] - knots[i])
-    A = torch.zeros(len(x), len(knots), dtype=torch.float64)
-    A.scatter_(1, i[:, None], (1 - t)[:, None])
-    return A.scatter_(1, i[:, None] + 1, t[:, None])
+def search(x, knots):
+    """Interval i of x among knots (N,) and position t in it, shaped like x; t keeps the gradient with respect to x.
+
+    Only inner knots divide: beyond the ends the end pieces go on, with t outside [0, 1].
+    """
+    i = torch.bucketize(x.detach(), knots[1:-1], right=True)
+    return i, (x - knots[i]) / (knots[i + 1] - knots[i])
+
+
+def hats(i, t, N, dtype=torch.float64):
+    """A, dense: (*i.shape, N) with 1 - t at i, t at i + 1 and 0 elsewhere, the weights of the control points."""
+    A = torch.zeros(*i.shape, N, dtype=dtype, device=i.device)
+    A.scatter_(-1, i.unsqueeze(-1), (1 - t).unsqueeze(-1).to(dtype))
+    return A.scatter_(-1, (i + 1).unsqueeze(-1), t.unsqueeze(-1).to(dtype))
 
 
 def gram(knots, density="normal"):
-    """G = (N - 1) * E[hats(x).T @ hats(x)], what inputs of that density say about the control points.
+    """G = (N - 1) * E[A.T @ A], A the hats at x: what inputs of that density say about the control points.
 
     density: "uniform" on the domain, or "normal", x of mean 0 and variance 1, its tails outside the domain included.
     The factor makes G of uniform knots independent of N away from the ends: 2/3 on the diagonal, 1/6 beside it.
@@ -98,7 +103,7 @@ def gram(knots, density="normal"):
     x = (ends[:-1, None] + half * (1 + points)).flatten()
     weight = (half * 2 * vectors[0] ** 2).flatten()
     weight = weight * torch.exp(-(x**2) / 2) if density == "normal" else weight
-    A = hats(x, knots)
+    A = hats(*search(x, knots), len(knots))
     return (len(knots) - 1) * (A.T * (weight / weight.sum())) @ A
 
 
@@ -164,4 +169,4 @@ def prefix_sums(p):
 def refinement(N, M):
     """R (M, N): the control points of the same curves on M knots, every interval divided in (M - 1) / (N - 1)."""
     position = torch.arange(M, dtype=torch.float64) * ((N - 1) / (M - 1))
-    return hats(position, torch.arange(N, dtype=torch.float64))
+    return hats(*search(position, torch.arange(N, dtype=torch.float64)), N)

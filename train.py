@@ -17,6 +17,7 @@ out_dir gets
 """
 
 import contextlib
+import json
 import math
 import platform
 import signal
@@ -34,6 +35,7 @@ import cli
 import parameterizations
 from data.bins import TokenData
 from device import World, choose_compile, choose_device, choose_dtype, peak_memory
+from kan_layer import IMPLS, INITS
 from log import Log, git_hash, lock, move_aside
 from model import GPT, GPTConfig, count, match_parameters
 
@@ -59,8 +61,8 @@ class TrainConfig:
     kan_control_points: int = 8  # of every curve; 8 makes one KANLayer as large as the MLP
     kan_width: float = 4.0  # domain of the curves
     kan_hidden: int = 0  # 0: one KANLayer; else two, with so many channels between
-    kan_init: Literal["zero", "random_normal", "identity"] = "zero"
-    kan_impl: Literal["auto", "cpp", "embedding_bag", "dense", "csr", "embedding"] = "auto"
+    kan_init: Literal[INITS] = "zero"
+    kan_impl: Literal["auto", *IMPLS] = "auto"
     kan_parameterization: Literal[parameterizations.PARAMETERIZATIONS] = "bspline"  # what of a curve is learned
     kan_mu: float | None = None  # of dct_scaled and whitened: the penalty's weight they are made for; None: by N
     kan_smoothness: float = 0.0  # weight in the loss of the sum of all curves' squared second differences
@@ -107,8 +109,6 @@ class TrainConfig:
                 raise ValueError(f"{name} must be {'above' if name in above else 'at least'} 0, got {value}")
             if (name in ("beta1", "beta2") and not 0 <= value < 1) or (name == "min_lr" and not 0 <= value <= 1):
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
-        if self.kan_mu is not None and not 0 <= self.kan_mu < math.inf:
-            raise ValueError(f"kan_mu must be at least 0, got {self.kan_mu}")
         if not 0 < self.kan_smoothness_end <= 1:
             raise ValueError(f"kan_smoothness_end must be above 0 and at most 1, got {self.kan_smoothness_end}")
         if list(self.kan_refine_at) != sorted(set(self.kan_refine_at)) or min(self.kan_refine_at, default=1) < 1:
@@ -236,8 +236,7 @@ def clip(parameters, limit):
 
 def check_same_run(config, derived, info, folder):
     """Refuse to resume what would not be the same run, naming what differs; derived has the keys of LABELS."""
-    then, now = {**info["train"], **info}, {**asdict(config), **derived}
-    now["kan_refine_at"] = list(config.kan_refine_at)  # as JSON has it
+    then, now = {**info["train"], **info}, json.loads(json.dumps({**asdict(config), **derived}))  # as it was read
     changes = [
         f"{LABELS.get(name, name)} was {then.get(name)!r} and is {value!r}"
         for name, value in now.items()

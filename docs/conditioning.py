@@ -14,31 +14,35 @@ Adam (betas 0.9, 0.99), simulated, with the best of 17 learning rates. "-" is mo
 Numbers of dct_scaled and whitened are at the mu they are made for.
 """
 
-import argparse
+import functools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from parameterizations import PARAMETERIZATIONS, basis, gram, hats, second_differences
+import cli
+from bench import table
+from parameterizations import PARAMETERIZATIONS, basis, gram, hats, search, second_differences
 
 POINTS, MUS, DENSITIES = (8, 32, 128), (0.0, 1.0, 100.0, 1e4), ("uniform", "normal")
 MOST = 2000  # Adam's steps that are simulated
 SAMPLES = 1000
 
 
+@dataclass
+class Options:
+    out: str = str(Path(__file__).with_suffix(".png"))  # the figure to write
+
+
 def knots(N):
     return torch.linspace(-2, 2, N, dtype=torch.float64)
 
 
-def eigenvalues(A):
-    return torch.linalg.eigvalsh((A + A.T) / 2)
-
-
 def condition(A, zeros=0):
-    values = eigenvalues(A)
+    values = torch.linalg.eigvalsh((A + A.T) / 2)
     return (values[-1] / values[zeros]).item()
 
 
@@ -91,11 +95,12 @@ def adam_steps(H, b):
     return None
 
 
-def problem(N, mu, density, M):
+@functools.cache
+def problem(N, mu, density):
+    """f(c) = c.H.c / 2 - b.c in control points."""
     x, y = samples(density)
-    A, D = hats(x, knots(N)), second_differences(knots(N))
-    H = (N - 1) * A.T @ A / SAMPLES + mu * D.T @ D
-    return M.T @ H @ M, M.T @ ((N - 1) * A.T @ y / SAMPLES)
+    A, D = hats(*search(x, knots(N)), N), second_differences(knots(N))
+    return (N - 1) * A.T @ A / SAMPLES + mu * D.T @ D, (N - 1) * A.T @ y / SAMPLES
 
 
 def text(value):
@@ -104,17 +109,14 @@ def text(value):
     return f"{value:.2g}" if value >= 1e5 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def table(title, header, rows):
-    print(f"\n{title}\n\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for name, *cells in rows:
-        print(f"| {name} | " + " | ".join(text(cell) for cell in cells) + " |")
+def titled(title, header, rows):
+    print(title)
+    table(header, [[name, *map(text, cells)] for name, *cells in rows])
 
 
-def main():
+def main(arguments):
+    out = Path(cli.parse(Options, arguments).out)
     torch.set_num_threads(1)  # for such small matrices two take twenty times as long
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=str(Path(__file__).with_suffix(".png")))
-    out = Path(parser.parse_args().out)
     grams = {(N, density): gram(knots(N), density) for N in POINTS for density in DENSITIES}
     rows = []
     for name in PARAMETERIZATIONS:
@@ -127,7 +129,7 @@ def main():
                 for N, M in zip(POINTS, (basis(name, knots(N), 1e4, density) for N in POINTS), strict=True)
             ]
     header = ["", *(f"{what}, N = {N}" for what in ("penalty", "data, uniform", "data, normal") for N in POINTS)]
-    table("Penalty and data each alone (dct_scaled and whitened made for mu = 1e4)", header, rows)
+    titled("Penalty and data each alone (dct_scaled and whitened made for mu = 1e4)", header, rows)
 
     sums = {}
     for density in DENSITIES:
@@ -142,14 +144,15 @@ def main():
                 rows.append([name, *sums[density, N, name]])
                 counts.append([name])
                 for mu in MUS:
-                    H, b = problem(N, mu, density, Ms[mu])
+                    H, b = problem(N, mu, density)
+                    H, b = Ms[mu].T @ H @ Ms[mu], Ms[mu].T @ b
                     counts[-1] += [gradient_steps(H, b), adam_steps(H, b)]
             mus = [f"mu = {mu:g}" for mu in MUS]
-            table(f"Data and mu times penalty, condition number, {density} inputs, N = {N}", ["", *mus], rows)
+            titled(f"Data and mu times penalty, condition number, {density} inputs, N = {N}", ["", *mus], rows)
             header = ["", *(f"{mu}: {what}" for mu in mus for what in ("gradient", "Adam"))]
-            table(f"Steps to fit, {density} inputs, N = {N}", header, counts)
+            titled(f"Steps to fit, {density} inputs, N = {N}", header, counts)
     draw(sums, out)
-    print(f"\nfigure written to {out}")
+    print(f"figure written to {out}")
 
 
 def draw(sums, out):
@@ -181,4 +184,4 @@ def draw(sums, out):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
