@@ -5,9 +5,9 @@
     python bench.py --against_n           its own cost from N = 8 to 256
     python bench.py --model               training steps and sampling of the small GPT, spline against MLP
     python bench.py --kan_benchmarking    that project's setting: batch 100, 1000 -> 1000 -> 1, 10 million parameters
-    python bench.py --evaluations         every entry of evaluations.py, eager and compiled, at N of --points and at 768
-                                          tokens, 384 to 384, or else the first of --tokens and --features; 8 minutes;
-                                          --device=cuda for a GPU
+    python bench.py --evaluations         every entry of kan_evaluations.py, eager and compiled, at N of --points and at
+                                          768 tokens, 384 to 384, or else the first of --tokens and --features; 8
+                                          minutes; --device=cuda for a GPU
 
 Prints Markdown tables and writes the same to --out as JSON. Times are milliseconds; only ratios of one run mean
 anything elsewhere: the machine's speed drifts, so a matrix product is timed in the same rounds and shares refer to it.
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 import cli
 import kan_kernels
-from evaluations import EVALUATIONS
+from kan_evaluations import EVALUATIONS
 from kan_layer import KANLayer
 
 MOST_MEMORY = 2e9  # bytes a contender may need by arithmetic; else it is skipped with a line
@@ -526,7 +526,8 @@ def kan_benchmarking(options):
     return [dict(zip(("name", *header[1:]), row, strict=True)) for row in rows], {}
 
 
-# What evaluations.py copies out of the table, and what it makes of hats, in floats; and what torch.compile can't take.
+# What kan_evaluations.py copies out of the table, and what it makes of hats, in floats; and what torch.compile can't
+# take.
 GATHERS = (
     "embedding + lerp",
     "index_select + lerp",

@@ -23,8 +23,8 @@ A @ C, where row A[b] holds the N hat functions of each feature, two of them non
 flops of the look-up, but at the speed of a matrix product). Both are below; impl="auto" chooses. On a CPU it chooses
 the look-up as compiled C++, kan_kernels/spline.cpp, wherever a compiler is at hand.
 
-The table may be derived from other parameters (parameterizations.py), the knots may be anywhere (warp), both before any
-of this begins; evaluations.py shows a dozen further ways to evaluate.
+The table may be derived from other parameters (kan_parameterizations.py), the knots may be anywhere (warp), both before
+any of this begins; kan_evaluations.py shows a dozen further ways to evaluate.
 
 Legend of shapes
     B  tokens (all leading dimensions, flattened)       F  in_features        x  (B, F)
@@ -44,8 +44,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kan_kernels
-import parameterizations
-from parameterizations import hats
+import kan_parameterizations
+from kan_parameterizations import hats
 
 INITS = ("random_normal", "identity", "zero")
 
@@ -70,7 +70,7 @@ def warp(x, knots):
     The interval is found by search, and everything else stays as it is: the derivative with respect to x too, since
     it passes through here.
     """
-    i, t = parameterizations.search(x, knots)
+    i, t = kan_parameterizations.search(x, knots)
     return i + t - (len(knots) - 1) / 2
 
 
@@ -393,7 +393,7 @@ class KANLayer(nn.Module):
             pieces go on as straight lines. Put a LayerNorm in front: 4.0 then holds 95% of a normal input.
         impl: "cpp", "embedding_bag", "dense", "csr", "embedding", or "auto" (see choose_impl).
         parameterization: what kan_weight holds: "bspline", the control points, or the coordinates of
-            parameterizations.py, from which they are derived once a forward.
+            kan_parameterizations.py, from which they are derived once a forward.
         smoothness, density: of "dct_scaled" and the "whitened" ones, see there; None is 100 * ((N - 1) / 31)^4 and
             "normal".
         knots: (N,) increasing positions, in place of uniform ones on the domain; num_control_points and spline_width
@@ -492,12 +492,12 @@ class KANLayer(nn.Module):
     # From parameters to control points
 
     def _set_parameterization(self, name, smoothness, density):
-        if name not in parameterizations.PARAMETERIZATIONS:
-            known = ", ".join(parameterizations.PARAMETERIZATIONS)
+        if name not in kan_parameterizations.PARAMETERIZATIONS:
+            known = ", ".join(kan_parameterizations.PARAMETERIZATIONS)
             raise ValueError(f"parameterization must be one of {known}, got {name!r}")
         if self.sparse_grad and name != "bspline":
             raise ValueError(f"sparse_grad needs parameterization='bspline', got {name!r}: every row has a gradient")
-        scaled, whitened = parameterizations.uses_smoothness(name), name.startswith("whitened")
+        scaled, whitened = kan_parameterizations.uses_smoothness(name), name.startswith("whitened")
         if (smoothness is not None and not scaled) or (density is not None and not whitened):
             raise ValueError(
                 f"parameterization={name!r} has no smoothness or density, got {smoothness!r} and {density!r}; leave "
@@ -505,8 +505,8 @@ class KANLayer(nn.Module):
             )
         if smoothness is not None and not 0 <= smoothness < math.inf:
             raise ValueError(f"smoothness must be at least 0 and finite, got {smoothness!r}")
-        if density is not None and density not in parameterizations.DENSITIES:
-            raise ValueError(f"density must be one of {', '.join(parameterizations.DENSITIES)}, got {density!r}")
+        if density is not None and density not in kan_parameterizations.DENSITIES:
+            raise ValueError(f"density must be one of {', '.join(kan_parameterizations.DENSITIES)}, got {density!r}")
         self.parameterization = name
         self._smoothness = smoothness  # as given; the default depends on N, which refine changes
         self.density = (density or "normal") if whitened else None
@@ -515,15 +515,15 @@ class KANLayer(nn.Module):
     @property
     def smoothness(self):
         """mu, the weight of the penalty that the parameterization is made for; None where there is none."""
-        if not parameterizations.uses_smoothness(self.parameterization):
+        if not kan_parameterizations.uses_smoothness(self.parameterization):
             return None
-        default = parameterizations.default_smoothness(self.num_control_points)
+        default = kan_parameterizations.default_smoothness(self.num_control_points)
         return default if self._smoothness is None else float(self._smoothness)
 
     def basis(self):
         """M (N, N) in float64: the control points of an edge are M times its parameters."""
         with torch.device("cpu"):  # also while a model is made on the meta device
-            return parameterizations.basis(self.parameterization, self.knots, self.smoothness, self.density)
+            return kan_parameterizations.basis(self.parameterization, self.knots, self.smoothness, self.density)
 
     def _place(self):
         """Basis and knots, beside the weight and in float32 or better: bfloat16 would spoil what they are for."""
@@ -543,7 +543,7 @@ class KANLayer(nn.Module):
             return self.kan_weight
         p = at_least_float32(self.kan_weight)
         if self.parameterization == "prefix_sum":
-            return parameterizations.prefix_sums(p)
+            return kan_parameterizations.prefix_sums(p)
         return self._basis.to(p.dtype) @ p
 
     def _exact_control_points(self):
@@ -592,7 +592,7 @@ class KANLayer(nn.Module):
             choices = [k * (N - 1) + 1 for k in (2, 3)]
             raise ValueError(f"num_control_points must keep all {N} knots, as {choices} do, got {M}")
         device = self.kan_weight.device
-        R, coarse, old = parameterizations.refinement(N, M), self.basis(), self.kan_weight
+        R, coarse, old = kan_parameterizations.refinement(N, M), self.basis(), self.kan_weight
         table = R.to(device) @ self._exact_control_points()
         if self._knots is not None:
             self._knots = R @ self._knots
@@ -620,7 +620,7 @@ class KANLayer(nn.Module):
         A second difference is c[n] - 2 c[n + 1] + c[n + 2] for uniform knots, in the units of y; else the change of
         slope times the mean spacing. Straight lines cost nothing. The memory it needs does not depend on N.
         """
-        D = parameterizations.second_differences(self.knots)
+        D = kan_parameterizations.second_differences(self.knots)
         each = SecondDifferences.apply(at_least_float32(self.control_points()), D)
         return each if per_edge else each.sum()
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import parameterizations
+import kan_parameterizations
 from kan_layer import KANLayer
 
 
@@ -97,7 +97,7 @@ class KAN(nn.Module):
         N, width = config.kan_control_points, config.kan_width
         options = dict(num_control_points=N, spline_width=width, impl=config.kan_impl)
         options["parameterization"] = config.kan_parameterization
-        if parameterizations.uses_smoothness(config.kan_parameterization):
+        if kan_parameterizations.uses_smoothness(config.kan_parameterization):
             options["smoothness"] = config.kan_mu
         if H:
             # The first layer must not be zero: the second would see a constant and neither would learn.
@@ -141,7 +141,7 @@ class GPTConfig:
     kan_hidden: int = 0  # 0: one KANLayer; else two, with so many channels between
     kan_init: str = "zero"  # of the layer that writes to the residual stream: zero, random_normal, identity
     kan_impl: str = "auto"
-    kan_parameterization: str = "bspline"  # what is learned: control points, or coordinates of parameterizations.py
+    kan_parameterization: str = "bspline"  # what is learned: control points, or coordinates of kan_parameterizations.py
     kan_mu: float | None = None  # of dct_scaled and whitened: how dear second differences are; None: by N
     position: str = "rope"  # rope, learned
     norm: str = "layernorm"  # layernorm, rmsnorm (without parameters)
@@ -153,7 +153,7 @@ class GPTConfig:
     def __post_init__(self):
         choices = dict(
             mlp=("kan", "gelu", "relu2", "swiglu"),
-            kan_parameterization=parameterizations.PARAMETERIZATIONS,
+            kan_parameterization=kan_parameterizations.PARAMETERIZATIONS,
             position=("learned", "rope"),
             norm=("layernorm", "rmsnorm"),
         )
@@ -167,7 +167,7 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least {least[name]}, got {value}")
         if self.kan_mu is not None and not 0 <= self.kan_mu < math.inf:
             raise ValueError(f"kan_mu must be at least 0, got {self.kan_mu}")
-        if self.kan_mu is not None and not parameterizations.uses_smoothness(self.kan_parameterization):
+        if self.kan_mu is not None and not kan_parameterizations.uses_smoothness(self.kan_parameterization):
             raise ValueError(
                 f"kan_mu = {self.kan_mu} is for kan_parameterization = dct_scaled and whitened, got "
                 f"{self.kan_parameterization}; leave it out"

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import cli
-import parameterizations
+import kan_parameterizations
 from data.bins import TokenData
 from device import World, choose_compile, choose_device, choose_dtype, peak_memory
 from kan_layer import IMPLS, INITS
@@ -63,7 +63,7 @@ class TrainConfig:
     kan_hidden: int = 0  # 0: one KANLayer; else two, with so many channels between
     kan_init: Literal[INITS] = "zero"
     kan_impl: Literal["auto", *IMPLS] = "auto"
-    kan_parameterization: Literal[parameterizations.PARAMETERIZATIONS] = "bspline"  # what of a curve is learned
+    kan_parameterization: Literal[kan_parameterizations.PARAMETERIZATIONS] = "bspline"  # what of a curve is learned
     kan_mu: float | None = None  # of dct_scaled and whitened: the penalty's weight they are made for; None: by N
     kan_smoothness: float = 0.0  # weight in the loss of the sum of all curves' squared second differences
     kan_smoothness_end: float = 1.0  # what fraction of it is left at the end; it falls geometrically

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cli
 from bench import table
-from parameterizations import PARAMETERIZATIONS, basis, gram, hats, search, second_differences
+from kan_parameterizations import PARAMETERIZATIONS, basis, gram, hats, search, second_differences
 
 POINTS, MUS, DENSITIES = (8, 32, 128), (0.0, 1.0, 100.0, 1e4), ("uniform", "normal")
 MOST = 2000  # Adam's steps that are simulated

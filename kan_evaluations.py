@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import kan_kernels
 import kan_layer
 from kan_layer import locate, look_up, two_rows, unchecked
-from parameterizations import hats, search
+from kan_parameterizations import hats, search
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bags: the sum is made while the rows are read.

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference
 
-import parameterizations
+import kan_parameterizations
 import train
 from kan_layer import IMPLS, KANLayer
+from kan_parameterizations import PARAMETERIZATIONS, basis, dct, gram, second_differences
 from log import read_log
 from model import GPT, GPTConfig
-from parameterizations import PARAMETERIZATIONS, basis, dct, gram, second_differences
 
 OTHERS = [name for name in PARAMETERIZATIONS if name != "bspline"]
 
@@ -53,13 +53,13 @@ def condition(A):
 
 @pytest.mark.parametrize("N", [2, 3, 8, 33, 128])
 def test_the_orthonormal_ones_are(N):
-    for M in (dct(N), parameterizations.legendre(uniform(N))):
+    for M in (dct(N), kan_parameterizations.legendre(uniform(N))):
         assert torch.allclose(M.T @ M, torch.eye(N, dtype=torch.float64), atol=1e-10)
 
 
 def test_legendre_coordinate_k_is_a_polynomial_of_degree_k():
     knots = uniform(12)
-    M = parameterizations.legendre(knots)
+    M = kan_parameterizations.legendre(knots)
     for k in range(12):
         fit = np.polynomial.Polynomial.fit(knots.numpy(), M[:, k].numpy(), k)
         assert np.allclose(fit(knots.numpy()), M[:, k].numpy(), atol=1e-8)
@@ -71,7 +71,7 @@ def test_legendre_coordinate_k_is_a_polynomial_of_degree_k():
 @pytest.mark.parametrize("N", [3, 8, 32])
 def test_prefix_sums_are_second_differences_and_two_boundary_terms(N):
     p = torch.randn(2, N, 3, dtype=torch.float64)
-    c = parameterizations.prefix_sums(p)
+    c = kan_parameterizations.prefix_sums(p)
     assert torch.allclose(c[:, 0], p[:, 0]) and torch.allclose(c[:, 1] - c[:, 0], p[:, 1])
     assert torch.allclose(c.diff(dim=1).diff(dim=1), p[:, 2:])
     assert torch.allclose(basis("prefix_sum", uniform(N)) @ p, c)
@@ -105,7 +105,7 @@ def test_gram_is_what_samples_say():
             if density == "uniform"
             else torch.randn(400_000, generator=generator, dtype=torch.float64)
         )
-        A = parameterizations.hats(*parameterizations.search(x, knots), len(knots))
+        A = kan_parameterizations.hats(*kan_parameterizations.search(x, knots), len(knots))
         sampled = 5 * A.T @ A / len(x)
         assert (sampled - gram(knots, density)).abs().max() < 0.02
     G = gram(uniform(32), "uniform")
@@ -152,7 +152,7 @@ def test_a_change_of_basis_leaves_the_function_alone(name, back, N, mu, given_kn
     x = torch.randn(20, 3)
     want, scale = layer(x), layer.control_points().abs().max()
     for next_name in (name, back, "bspline"):
-        smoothness = mu if parameterizations.uses_smoothness(next_name) else None
+        smoothness = mu if kan_parameterizations.uses_smoothness(next_name) else None
         assert layer.to_parameterization(next_name, smoothness) is layer
         assert (layer(x) - want).abs().max() < 1e-5 * scale * (1 + x.abs().max() * N)
 

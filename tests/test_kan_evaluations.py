@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference import reference
 
 import kan_kernels
-from evaluations import EVALUATIONS, bucketize
+from kan_evaluations import EVALUATIONS, bucketize
 
 EPS = {torch.float64: 2**-53, torch.float32: 2**-24}
 ENTRIES = [
