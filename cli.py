@@ -35,6 +35,11 @@ def read_toml(path, known):
     for key in options:
         if key not in known:
             raise ValueError(f"{path}: unknown option {key}; {nearest(key, known)}")
+    return as_arguments(options)
+
+
+def as_arguments(options):
+    """A dictionary of options as command-line arguments."""
     arguments = []
     for key, value in options.items():
         arguments += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]

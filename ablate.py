@@ -1,0 +1,665 @@
+"""Ablations a sceptic would believe: arms against each other, tuned alike, with equal budgets and several seeds.
+
+    python ablate.py configs/ablations/quick.toml               two arms, 3 minutes on 2 cores
+    python ablate.py configs/ablations/evidence.toml --dry_run  what it would run, and for how long
+    python ablate.py configs/ablations/evidence.toml --cells shakespeare_0.8M --jobs=2
+
+One TOML says everything:
+
+    reference = "swiglu"            what is equal is equal to this arm's
+    baselines = ["gelu", "swiglu"]  the arms to beat: every other is held against the best of them
+    equal = ["tokens", "seconds"]   what the runs may use up, one comparison each
+    seeds = [1, 2, 3]
+    [base]                          options of train.py, for all
+    [cells.NAME]                    more of them: a corpus or a size; every cell gets a table of its own
+    [arms.NAME]                     more of them: what is compared. Beside these an arm may have
+    tries = [{learning_rate = 1e-3}, ...]   one run each with the first seed; the best goes on. As many for every arm
+    equal = ["seconds"]             this arm's own comparisons
+    equal_parameters = false        or else match_parameters makes it as large as the reference
+
+Equal tokens: max_steps for all. Equal seconds: a step of every arm is timed in bursts that take turns, alone on the
+machine, so that its moods hit all alike; then every arm gets the steps it can make in the seconds in which the reference
+makes max_steps, and a schedule as long as that. So what a run computes does not depend on how fast it ran, and runs may
+share the machine (--jobs). Seconds are of training, without evaluations, checkpoints and compilation.
+
+Written to --out after every run: NAME.json with all runs, from which the same command goes on, NAME.md, NAME.png. A run
+that was interrupted goes on from its checkpoint.
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import tyro
+
+import cli
+from data.bins import TokenData
+from log import read_log
+from model import GPT, count
+from plot import save_figure
+from train import DIVERGED, TrainConfig
+
+ROOT = Path(__file__).resolve().parent
+MEASURES = ("tokens", "seconds")
+BURST, WARM, ROUNDS = 40, 10, 4  # steps of a timing; those at its start that don't count; turns of each arm
+
+
+@dataclass
+class Options:
+    plan: tyro.conf.Positional[str]  # a TOML file, as above
+    dry_run: bool = False  # print the runs and the hours they would take
+    cells: tuple[str, ...] = ()  # these only; empty: all
+    jobs: int = 1  # runs at a time, which share the cores; timings are always alone
+    launcher: str = ""  # what starts train.py in place of python: "torchrun --nproc_per_node=8"
+    out: str = "out/ablations"  # folder of results, and of unfinished runs
+    keep: bool = False  # the checkpoints of finished runs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+@dataclass
+class Arm:
+    options: dict
+    tries: list[dict]
+    equal: tuple[str, ...]
+    equal_parameters: bool
+
+
+@dataclass
+class Plan:
+    name: str
+    base: dict
+    cells: dict[str, dict]
+    arms: dict[str, Arm]
+    seeds: list[int]
+    equal: tuple[str, ...]
+    reference: str
+    baselines: list[str]
+
+    def options(self, cell, arm, extra):
+        """What differs from train.py's defaults in a run of this arm, before it is made as large as the reference."""
+        return {**self.base, **self.cells[cell], **self.arms[arm].options, **extra}
+
+
+def read_plan(path):
+    """The plan in a TOML file, checked; ValueError says what is wrong with it."""
+    try:
+        content = tomllib.loads(cli.read_text(path))
+    except FileNotFoundError:
+        others = sorted(str(p) for p in Path(path).parent.glob("*.toml"))
+        raise ValueError(f"no plan {path}; there are: {', '.join(others) or 'none in its folder'}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    known = {field.name for field in fields(Plan)} - {"name"}
+    check_names(content, known, path, "setting")
+    if not content.get("arms"):
+        raise ValueError(f"{path} has no arms; name at least one: [arms.NAME]")
+    equal = content.get("equal", ["tokens"])
+    arms = {}
+    for name, options in content["arms"].items():
+        options = dict(options)
+        special = dict(tries=options.pop("tries", [{}]), equal=tuple(options.pop("equal", equal)))
+        arms[name] = Arm(options, equal_parameters=options.pop("equal_parameters", True), **special)
+    plan = Plan(
+        name=Path(path).stem,
+        base=content.get("base", {}),
+        cells=content.get("cells") or {"all": {}},
+        arms=arms,
+        seeds=content.get("seeds", [1, 2, 3]),
+        equal=tuple(equal),
+        reference=content.get("reference", next(iter(arms))),
+        baselines=content.get("baselines", []),
+    )
+    for name in [plan.reference, *plan.baselines]:
+        if name not in arms:
+            raise ValueError(f"{path}: no arm {name!r}; the arms are {', '.join(arms)}")
+    tries = {name: len(arm.tries) for name, arm in arms.items()}
+    if len(set(tries.values())) > 1 or 0 in tries.values():
+        raise ValueError(f"{path}: every arm must be tuned in the same number of tries, got {tries}")
+    for measure in {*equal, *(m for arm in arms.values() for m in arm.equal)}:
+        if measure not in MEASURES:
+            raise ValueError(f"{path}: equal must be among {', '.join(MEASURES)}, got {measure!r}")
+    if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
+        raise ValueError(f"{path}: seeds must be different numbers, at least one, got {plan.seeds}")
+    names = {field.name: field for field in fields(TrainConfig)}
+    reserved = {"out_dir", "resume", "seed", "match_parameters"}
+    for cell in plan.cells:
+        for arm in arms:
+            for extra in arms[arm].tries:
+                options = plan.options(cell, arm, extra)
+                check_names(options, set(names) - reserved, f"{path}: cell {cell}, arm {arm}", "option")
+                make_config(options).check()
+    return plan
+
+
+def check_names(content, known, where, what):
+    for key in content:
+        if key not in known:
+            raise ValueError(f"{where}: unknown {what} {key}; {cli.nearest(key, sorted(known))}")
+
+
+def make_config(options):
+    """A TrainConfig of options, their types checked as on the command line."""
+    return cli.parse(TrainConfig, cli.as_arguments(options))
+
+
+@dataclass
+class Run:
+    """One training run: what it is for, its options, and the fingerprint of its data."""
+
+    cell: str
+    arm: str
+    seed: int
+    options: dict
+    data: str
+
+    @property
+    def key(self):
+        """Names the run by what it computes, so that a result is found again, whatever the plan calls it."""
+        return hashlib.sha256(json.dumps([self.options, self.data], sort_keys=True).encode()).hexdigest()[:12]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+class Runner:
+    """Makes runs, each in a process of its own, and remembers their results."""
+
+    def __init__(self, plan, options):
+        self.plan, self.options = plan, options
+        self.folder = Path(options.out)
+        self.path = self.folder / f"{plan.name}.json"
+        self.results = dict(runs={}, speeds={})
+        if self.path.is_file():
+            try:
+                self.results = json.loads(self.path.read_text(encoding="utf-8"))
+                self.results["runs"].keys(), self.results["speeds"].keys()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{self.path} is damaged; move it away, and its runs are made again") from None
+        self.lock, self.processes, self.stopping = threading.Lock(), set(), False
+
+    @functools.cached_property
+    def data(self):
+        """(TokenData, parameters of the reference) of every cell."""
+        found = {}
+        for cell in self.plan.cells:
+            config = make_config(self.plan.options(cell, self.plan.reference, {}))
+            data = TokenData(config.data, config.block_size)
+            found[cell] = data, count(config.model_config(data.vocab_size))
+        return found
+
+    def run(self, cell, arm, seed, extra, steps=None):
+        options = self.plan.options(cell, arm, extra)
+        data, parameters = self.data[cell]
+        if arm != self.plan.reference and self.plan.arms[arm].equal_parameters:
+            options["match_parameters"] = parameters
+        if steps:
+            options["max_steps"] = steps
+        options["seed"] = seed
+        return Run(cell, arm, seed, options, data.fingerprint)
+
+    def save(self):
+        write(self.path, json.dumps(self.results, indent=1))
+
+    def train(self, options, folder, threads):
+        """Run train.py; returns (the log's header, its records), or None if the loss did not stay finite."""
+        arguments = cli.as_arguments({**options, "out_dir": str(folder)})
+        if (folder / "latest").is_dir():
+            arguments.append("--resume")
+        start = shlex.split(self.options.launcher) or [sys.executable]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        with self.lock:
+            if self.stopping:
+                raise KeyboardInterrupt
+            process = subprocess.Popen(
+                [*start, str(ROOT / "train.py"), *arguments],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is ours to pass on
+            )
+            self.processes.add(process)
+        error = process.communicate()[1]
+        self.processes.discard(process)
+        if self.stopping:
+            raise KeyboardInterrupt
+        if process.returncode == DIVERGED:
+            return None
+        if process.returncode:
+            last = (error.strip().splitlines() or ["it does not say why"])[-1]
+            raise ValueError(f"{shlex.join(arguments)} failed: {last}")
+        return read_log(folder)
+
+    def timed(self, cell):
+        """A burst of every arm."""
+        burst = dict(max_steps=BURST, eval_interval=BURST, eval_tokens=1, warmup_steps=BURST)
+        return {name: self.run(cell, name, 0, {**arm.tries[0], **burst}) for name, arm in self.plan.arms.items()}
+
+    def speeds(self, cell):
+        """{arm: milliseconds a step}, timed if not known: the median of a burst, the least of several, in turns."""
+        known, runs = self.results["speeds"], self.timed(cell)
+        reference = runs[self.plan.reference]
+        missing = {arm: run for arm, run in runs.items() if run.key not in known}
+        if missing:
+            missing[self.plan.reference] = reference
+            times = {arm: [] for arm in missing}
+            for turn in range(ROUNDS):
+                for arm, run in missing.items():
+                    folder = self.folder / "runs" / f"{run.key}-{turn}"
+                    log = self.train(run.options, folder, os.cpu_count() or 1)
+                    if log is None:
+                        raise ValueError(
+                            f"{cell}: the loss of arm {arm} is not finite after {BURST} steps; lower its rate"
+                        )
+                    shutil.rmtree(folder)
+                    header, records = log
+                    tokens = header["config"]["batch_tokens"]
+                    steps = [1e3 * tokens / record["tokens_per_second"] for record in records[1 + WARM :]]
+                    times[arm].append(statistics.median(steps))
+            # Arms that come later are timed against the reference: steps that were given out stay what they are.
+            now = min(times[self.plan.reference])
+            scale = known[reference.key]["ms"] / now if reference.key in known else 1.0
+            machine = {name: header[name] for name in ("device", "cpu", "threads", "torch")}
+            for arm, run in missing.items():
+                if run.key not in known:
+                    known[run.key] = dict(cell=cell, arm=arm, ms=min(times[arm]) * scale, turns=times[arm], **machine)
+            self.save()
+        return {arm: known[run.key]["ms"] for arm, run in runs.items()}
+
+    def make(self, runs):
+        """Make those that are not made yet, some at a time."""
+        todo = list({run.key: run for run in runs if run.key not in self.results["runs"]}.values())
+        threads = max(1, (os.cpu_count() or 1) // self.options.jobs)
+        with concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
+            futures = [pool.submit(self.make_one, run, threads) for run in todo]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    future.result()
+            except BaseException:
+                self.stop()
+                raise
+
+    def make_one(self, run, threads):
+        folder, started = self.folder / "runs" / run.key, time.time()
+        log = self.train(run.options, folder, threads)
+        result = dict(vars(run), val_loss=None)
+        if log is not None:
+            header, records = log
+            last = records[-1]
+            result.update({name: header[name] for name in "parameters flops_per_token git torch cpu threads".split()})
+            result.update(val_loss=last["val_loss"], steps=last["step"], seconds=round(last["seconds"], 1))
+            result.update(peak_memory=last["peak_memory"], batch_tokens=header["config"]["batch_tokens"])
+            result["curve"] = [[r["step"], round(r["val_loss"], 5)] for r in records if "val_loss" in r]
+        with self.lock:
+            self.results["runs"][run.key] = result
+            self.save()
+        if not self.options.keep:
+            for name in ("latest", "best"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        loss = "not finite" if log is None else f"{result['val_loss']:.4f} after {result['steps']} steps"
+        knobs = sorted({name for extra in self.plan.arms[run.arm].tries for name in extra})
+        knobs = "".join(f" {name}={run.options[name]}" for name in knobs if name in run.options)
+        print(f"{run.cell}: {run.arm} seed {run.seed}{knobs}: {loss} ({time.time() - started:,.0f} s)", flush=True)
+
+    def stop(self):
+        with self.lock:
+            self.stopping = True
+        for process in list(self.processes):
+            process.terminate()  # train.py saves, and exits
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Which runs
+
+    def tries(self, cell, arm):
+        return [self.run(cell, arm, self.plan.seeds[0], extra) for extra in self.plan.arms[arm].tries]
+
+    def chosen(self, cell, arm):
+        """The try that did best with the first seed; None while some are missing, or if none stayed finite."""
+        found = [self.results["runs"].get(run.key) for run in self.tries(cell, arm)]
+        losses = [
+            math.inf if result and result["val_loss"] is None else result and result["val_loss"] for result in found
+        ]
+        if None in losses or min(losses) == math.inf:
+            return None
+        return self.plan.arms[arm].tries[losses.index(min(losses))]
+
+    def compared(self, cell, arm, measure, extra, speeds):
+        """The runs of one comparison, one a seed."""
+        steps = None
+        if measure == "seconds" and arm != self.plan.reference:
+            max_steps = make_config(self.plan.options(cell, self.plan.reference, {})).max_steps
+            steps = max(1, round(max_steps * speeds[self.plan.reference] / speeds[arm]))
+        return [self.run(cell, arm, seed, extra, steps) for seed in self.plan.seeds]
+
+    def make_cell(self, cell):
+        speeds, arms = self.speeds(cell), self.plan.arms
+        searched = [self.tries(cell, arm) for arm in arms]
+        self.make([run for turn in zip(*searched, strict=True) for run in turn])
+        runs = []
+        for measure in MEASURES:
+            for arm in arms:
+                extra = self.chosen(cell, arm)
+                if measure in arms[arm].equal and extra is not None:
+                    runs += self.compared(cell, arm, measure, extra, speeds)
+        self.make(sorted(runs, key=lambda run: self.plan.seeds.index(run.seed)))  # the arms take turns
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+@dataclass
+class Row:
+    """One arm in one comparison: its runs, all seeds that are made."""
+
+    arm: str
+    runs: list[dict]
+    extra: dict
+    ms: float
+
+    @property
+    def losses(self):
+        return [run["val_loss"] for run in self.runs if run["val_loss"] is not None]
+
+    @property
+    def complete(self):
+        return len(self.losses) == len(self.runs)
+
+    @property
+    def mean(self):
+        return statistics.mean(self.losses) if self.losses and self.complete else math.inf
+
+    @property
+    def error(self):
+        """The mean's standard error; None with one seed."""
+        return statistics.stdev(self.losses) / math.sqrt(len(self.losses)) if len(self.losses) > 1 else None
+
+
+def difference(row, other):
+    """(row - other, its standard error, "lower", "higher" or "tie"), of means; a tie is within two standard errors."""
+    if row.mean == math.inf or other.mean == math.inf or row.error is None or other.error is None:
+        return row.mean - other.mean, None, "-"
+    d, error = row.mean - other.mean, math.hypot(row.error, other.error)
+    return d, error, "tie" if abs(d) <= 2 * error else "lower" if d < 0 else "higher"
+
+
+def rows_of(runner, cell, measure):
+    """The comparison's rows, as far as runs are made."""
+    plan, rows = runner.plan, []
+    try:
+        speeds = {arm: runner.results["speeds"][run.key]["ms"] for arm, run in runner.timed(cell).items()}
+    except KeyError:
+        return []
+    for name, arm in plan.arms.items():
+        extra = runner.chosen(cell, name)
+        if measure in arm.equal and extra is not None:
+            wanted = runner.compared(cell, name, measure, extra, speeds)
+            made = [runner.results["runs"][run.key] for run in wanted if run.key in runner.results["runs"]]
+            if made:
+                rows.append(Row(name, made, extra, speeds[name]))
+    return rows
+
+
+def best_baseline(plan, rows):
+    return min((row for row in rows if row.arm in plan.baselines), key=lambda row: row.mean, default=None)
+
+
+def table(lines):
+    head, *rest = [[str(word) for word in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest])
+
+
+def loss_text(row):
+    if row.mean == math.inf:
+        return "not finite"
+    return f"{row.mean:.4f}" + (f" ± {row.error:.4f}" if row.error is not None else " (one seed)")
+
+
+def against_text(plan, row, best):
+    if best is None or row is best or row.arm in plan.baselines:
+        return "the best baseline" if row is best else ""
+    d, error, verdict = difference(row, best)
+    return f"{d:+.4f}" + (f" ± {error:.4f}, {verdict}" if error is not None else "")
+
+
+def report(runner):
+    """The Markdown of all that is made so far."""
+    plan, tries = runner.plan, len(next(iter(runner.plan.arms.values())).tries)
+    parts = [
+        f"# Ablation `{plan.name}`",
+        f"Made by `python ablate.py {runner.options.plan}`. Validation loss in nats per token: the mean over seeds ± "
+        f"its standard error; a difference within two is a tie. Every arm was tuned in as many runs, {tries}, with the "
+        f"first seed and the reference's steps. ms: a training step, the least of {ROUNDS} bursts that take turns, alone "
+        "on the machine; seconds are steps times ms.",
+    ]
+    summary = [["cell", *(f"{arm}, equal {m}" for m in MEASURES for arm in free_arms(plan, m))]]
+    for cell in plan.cells:
+        line = [cell]
+        for measure in MEASURES:
+            rows = {row.arm: row for row in rows_of(runner, cell, measure)}
+            best = best_baseline(plan, rows.values())
+            line += [against_text(plan, rows[arm], best) if arm in rows else "" for arm in free_arms(plan, measure)]
+        if any(line[1:]):
+            summary.append(line)
+    if len(summary) > 1 and plan.baselines:
+        parts.append("## Against the best baseline\n\n" + table(summary))
+    parts += fits(runner)
+    for cell in plan.cells:
+        for measure in MEASURES:
+            rows = rows_of(runner, cell, measure)
+            best = best_baseline(plan, rows)
+            lines = [
+                "arm, parameters, tried best, steps, ms, tokens/s, Mflop/token, peak MB, seconds, loss, against".split(
+                    ", "
+                )
+            ]
+            for row in rows:
+                run = row.runs[0]
+                knobs = ", ".join(f"{k}={v}" for k, v in row.extra.items())
+                if "steps" not in run:
+                    lines.append([row.arm, "", knobs, "", f"{row.ms:.1f}", "", "", "", "", "not finite", ""])
+                    continue
+                lines.append(
+                    [
+                        row.arm,
+                        f"{run['parameters']['total']:,}",
+                        knobs,
+                        f"{run['steps']:,}",
+                        f"{row.ms:.1f}",
+                        f"{run['batch_tokens'] / row.ms * 1e3:,.0f}",
+                        f"{achieved(run['flops_per_token']) / 1e6:.2f}",
+                        f"{max(r['peak_memory'] for r in row.runs) / 2**20:,.0f}",
+                        f"{run['steps'] * row.ms / 1e3:.0f}",
+                        loss_text(row)
+                        + ("" if len(row.runs) == len(plan.seeds) else f", {len(row.runs)} seeds so far"),
+                        against_text(plan, row, best),
+                    ]
+                )
+            if rows:
+                parts.append(f"## {cell}, equal {measure}\n\n" + table(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def free_arms(plan, measure):
+    return [name for name, arm in plan.arms.items() if name not in plan.baselines and measure in arm.equal]
+
+
+def fits(runner):
+    """Where cells of one corpus have three sizes or more: loss = a * parameters^-b, a * seconds^-b by least squares."""
+    plan, lines = runner.plan, []
+    for measure in MEASURES:
+        groups = {}
+        for cell in plan.cells:
+            for row in rows_of(runner, cell, measure):
+                if row.mean < math.inf:
+                    run = row.runs[0]
+                    point = run["parameters"]["non_embedding"], run["steps"] * row.ms / 1e3, row.mean
+                    groups.setdefault((run["options"].get("data", TrainConfig.data), row.arm), []).append(point)
+        for (data, arm), points in groups.items():
+            if len({p[0] for p in points}) >= 3:
+                a, b = power_law([p[0] for p in points], [p[2] for p in points])
+                c, d = power_law([p[1] for p in points], [p[2] for p in points])
+                lines.append(
+                    [data, measure, arm, f"{a:.3f} P^-{b:.4f}", f"{c:.3f} s^-{d:.4f}", f"{b * math.log(2):.4f}"]
+                )
+    if not lines:
+        return []
+    head = ["corpus", "equal", "arm", "loss by parameters P", "loss by seconds s", "a doubling of P lowers log loss by"]
+    return ["## Fits over sizes\n\nP: parameters that are not embeddings.\n\n" + table([head, *lines])]
+
+
+def power_law(x, y):
+    """(a, b) of y = a * x^-b, least squares in logarithms."""
+    slope, intercept = statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y])
+    return math.exp(intercept), -slope
+
+
+def figure(runner, path):
+    """Validation loss against tokens and against seconds, a row of axes per cell, mean and standard error as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plan = runner.plan
+    cells = [cell for cell in plan.cells if rows_of(runner, cell, plan.equal[0])]
+    if not cells:
+        return None
+    drawing, axes = plt.subplots(len(cells), 2, figsize=(11, 3.6 * len(cells)), squeeze=False, layout="constrained")
+    for cell, pair in zip(cells, axes, strict=True):
+        for axis, measure in zip(pair, MEASURES, strict=True):
+            rows = rows_of(runner, cell, measure) or rows_of(runner, cell, "tokens")
+            for number, arm in enumerate(plan.arms):
+                for row in (row for row in rows if row.arm == arm and row.mean < math.inf):
+                    curves = [[loss for step, loss in run["curve"] if step] for run in row.runs]
+                    steps = [step for step, _ in row.runs[0]["curve"] if step]
+                    per_step = row.runs[0]["batch_tokens"] if measure == "tokens" else row.ms / 1e3
+                    mean = [statistics.mean(values) for values in zip(*curves)]
+                    error = [statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in zip(*curves)]
+                    where = [step * per_step for step in steps]
+                    axis.plot(where, mean, color=f"C{number}", label=f"{arm} ({row.mean:.3f})", linewidth=1)
+                    low, high = ([m + sign * e for m, e in zip(mean, error)] for sign in (-1, 1))
+                    axis.fill_between(where, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
+            finals = [row.mean for row in rows if row.mean < math.inf]
+            if finals:
+                axis.set_ylim(min(finals) - 0.05, max(finals) + 0.5)
+            axis.set_title(f"{cell}, equal {measure}", fontsize=9)
+            axis.set_xlabel("tokens" if measure == "tokens" else "seconds of training")
+            axis.set_ylabel("validation loss, nats")
+            axis.grid(True, linewidth=0.3)
+            axis.legend(fontsize=7)
+    return save_figure(drawing, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write(path, text):
+    temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def flops_per_token(config):
+    with torch.device("meta"):
+        return achieved(GPT(config).flops_per_token())
+
+
+def achieved(flops):
+    """One number of what flops_per_token counts, the spline layers' work being their look-ups."""
+    return sum(number for name, number in flops.items() if name != "kan_hat_gemm")
+
+
+def dry_run(runner, cells):
+    """Print the runs that are left and their hours. Where a step is not timed yet, its time is estimated from its flops
+    and from one burst of the first cell's reference, which flatters small models."""
+    plan, rate, total = runner.plan, None, 0.0
+    lines = [["cell", "arm", "runs left", "steps", "ms a step", "hours"]]
+    for cell in cells:
+        ms = {}
+        for arm, run in runner.timed(cell).items():
+            config = make_config(run.options)
+            work = flops_per_token(config.model_config(runner.data[cell][0].vocab_size)) * config.batch_tokens
+            if run.key in runner.results["speeds"]:
+                ms[arm] = runner.results["speeds"][run.key]["ms"]
+            else:
+                if rate is None:
+                    rate = flops_per_ms(runner, cells[0])
+                ms[arm] = work / rate
+        for name, arm in plan.arms.items():
+            searched = runner.tries(cell, name)
+            extra = runner.chosen(cell, name) or arm.tries[0]
+            wanted = searched + [run for m in arm.equal for run in runner.compared(cell, name, m, extra, ms)]
+            # Before the search is made, one of its runs is counted twice: it will be the first seed's.
+            left = {run.key: run for run in wanted if run.key not in runner.results["runs"]}.values()
+            steps = [make_config(run.options).max_steps for run in left]
+            hours = sum(steps) * ms[name] / 3.6e6
+            total += hours
+            span = f"{min(steps):,} to {max(steps):,}" if steps else ""
+            lines.append([cell, name, len(steps), span, f"{ms[name]:.1f}", f"{hours:.2f}"])
+    print(table(lines))
+    print(f"about {total:.1f} hours of training, evaluations not counted; nothing was trained")
+
+
+def flops_per_ms(runner, cell):
+    """What the reference achieves, in one burst."""
+    run = runner.timed(cell)[runner.plan.reference]
+    folder = runner.folder / "runs" / f"{run.key}-dry"
+    header, records = runner.train(run.options, folder, os.cpu_count() or 1)
+    shutil.rmtree(folder)
+    return (
+        achieved(header["flops_per_token"])
+        * statistics.median(record["tokens_per_second"] for record in records[1 + WARM :])
+        / 1e3
+    )
+
+
+def main(arguments):
+    options = cli.parse(Options, arguments)
+    plan = read_plan(options.plan)
+    for cell in options.cells:
+        if cell not in plan.cells:
+            raise ValueError(f"no cell {cell!r} in {options.plan}; {cli.nearest(cell, list(plan.cells))}")
+    if options.jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {options.jobs}")
+    cells, runner = options.cells or tuple(plan.cells), Runner(plan, options)
+    previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        if options.dry_run:
+            return dry_run(runner, cells)
+        for cell in cells:
+            runner.make_cell(cell)
+            write(runner.path.with_suffix(".md"), report(runner))
+    except KeyboardInterrupt:
+        runner.stop()
+        print(f"stopped; the same command goes on. What is finished is in {runner.path}", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    picture = figure(runner, runner.path.with_suffix(".png"))
+    print(report(runner))
+    print(f"{runner.path}, {runner.path.with_suffix('.md')}, {picture}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,227 @@
+"""ablate.py: arms get what they are said to get, results outlive interruptions, and the statistics are right."""
+
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, assert_one_line
+
+import ablate
+
+PLAN = """
+reference = "relu2"
+baselines = ["relu2", "gelu"]
+equal = ["tokens", "seconds"]
+seeds = [1, 2]
+
+[base]
+data = "{data}"
+n_layer = 1
+n_head = 2
+n_embd = 16
+block_size = 16
+batch_tokens = 128
+max_steps = 12
+warmup_steps = 2
+eval_interval = 6
+eval_tokens = 256
+device = "cpu"
+dtype = "float32"
+
+[arms.relu2]
+mlp = "relu2"
+tries = [{{learning_rate = 1e-3}}, {{learning_rate = 1e-2}}]
+
+[arms.gelu]
+mlp = "gelu"
+equal = ["tokens"]
+tries = [{{learning_rate = 1e-3}}, {{learning_rate = 1e30}}]
+
+[arms.kan]
+mlp = "kan"
+tries = [{{table_learning_rate = 1e-3}}, {{table_learning_rate = 1e-2}}]
+"""
+
+
+@pytest.fixture
+def plan(data_folder, tmp_path):
+    """Writes the plan above, with changes, and returns its path."""
+
+    def write(*changes, name="plan"):
+        text = PLAN.format(data=data_folder)
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        path = tmp_path / f"{name}.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def finished(data_folder, tmp_path_factory):
+    """(the plan's path, its folder of results, what was printed) after it ran to its end."""
+    folder = tmp_path_factory.mktemp("ablation")
+    path = folder / "plan.toml"
+    path.write_text(PLAN.format(data=data_folder))
+    process = ablate_process(path, folder)
+    assert process.returncode == 0, process.stderr
+    return str(path), folder, process.stdout
+
+
+def ablate_process(path, out, *options, **how):
+    command = [sys.executable, str(ROOT / "ablate.py"), str(path), f"--out={out}", "--jobs=2", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **how)
+
+
+def results(folder):
+    return json.loads((Path(folder) / "plan.json").read_text())
+
+
+def test_every_plan_of_ours_is_valid():
+    paths = sorted((ROOT / "configs" / "ablations").glob("*.toml"))
+    assert paths
+    for path in paths:
+        plan = ablate.read_plan(path)
+        assert plan.baselines and plan.reference in plan.baselines
+
+
+def test_budgets_are_equal(finished):
+    _, folder, _ = finished
+    content = results(folder)
+    speeds = {speed["arm"]: speed["ms"] for speed in content["speeds"].values()}
+    runs = content["runs"].values()
+    totals = {run["parameters"]["total"] for run in runs if run["val_loss"] is not None}
+    assert max(totals) - min(totals) <= 16 * 16  # a control point of all edges, or less
+    steps = {arm: {run["steps"] for run in runs if run["arm"] == arm and "steps" in run} for arm in speeds}
+    assert steps["relu2"] == steps["gelu"] == {12}
+    assert steps["kan"] == {12, max(1, round(12 * speeds["relu2"] / speeds["kan"]))}
+    for speed in content["speeds"].values():
+        assert speed["ms"] == min(speed["turns"]) and len(speed["turns"]) == ablate.ROUNDS
+
+
+def test_the_best_try_goes_on_and_all_seeds_are_made(finished):
+    path, folder, _ = finished
+    runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(folder)))
+    for arm in runner.plan.arms:
+        found = {
+            json.dumps(t): runner.results["runs"][r.key]
+            for t, r in zip(runner.plan.arms[arm].tries, runner.tries("all", arm))
+        }
+        finite = {name: run["val_loss"] for name, run in found.items() if run["val_loss"] is not None}
+        assert json.dumps(runner.chosen("all", arm)) == min(finite, key=finite.get)
+        assert len(finite) == (1 if arm == "gelu" else 2)
+    rows = {row.arm: row for row in ablate.rows_of(runner, "all", "tokens")}
+    assert {arm: [run["seed"] for run in row.runs] for arm, row in rows.items()} == {
+        a: [1, 2] for a in runner.plan.arms
+    }
+    assert [row.arm for row in ablate.rows_of(runner, "all", "seconds")] == ["relu2", "kan"]
+
+
+def test_the_tables_say_what_the_results_say(finished):
+    path, folder, printed = finished
+    text = (folder / "plan.md").read_text()
+    assert text.strip() in printed and (folder / "plan.png").stat().st_size > 10_000
+    runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(folder)))
+    for measure in ablate.MEASURES:
+        section = text.split(f"## all, equal {measure}")[1].split("\n## ")[0]
+        for row in ablate.rows_of(runner, "all", measure):
+            losses = [run["val_loss"] for run in row.runs]
+            line = next(line for line in section.splitlines() if line.startswith(f"| {row.arm} |"))
+            assert f"{statistics.mean(losses):.4f} ± {abs(losses[0] - losses[1]) / 2:.4f}" in line
+            assert f" {row.runs[0]['steps']} " in line and f"{row.runs[0]['parameters']['total']:,}" in line
+
+
+def test_nothing_is_made_twice(finished, monkeypatch, capsys):
+    path, folder, _ = finished
+    before = results(folder)
+    monkeypatch.setattr(ablate.Runner, "train", lambda *_: pytest.fail("it was made already"))
+    ablate.main([path, f"--out={folder}"])
+    ablate.main([path, f"--out={folder}", "--dry_run"])
+    assert "about 0.0 hours" in capsys.readouterr().out
+    assert results(folder) == before
+
+
+def test_a_dry_run_trains_nothing(plan, tmp_path, capsys):
+    ablate.main([plan(), f"--out={tmp_path}", "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()
+    left = {line.split(" | ")[1]: int(line.split(" | ")[2]) for line in lines[2:-1]}
+    assert left == {"relu2": 3, "gelu": 3, "kan": 5} and "nothing was trained" in lines[-1]
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_stopped_it_goes_on_where_it_was(plan, finished, tmp_path):
+    # The runs that a signal stops save, and end as if they had not been stopped.
+    longer = ("max_steps = 12", "max_steps = 400"), ('equal = ["tokens", "seconds"]', 'equal = ["tokens"]')
+    path = plan(*longer, ("eval_interval = 6", "eval_interval = 50"))
+    command = [sys.executable, str(ROOT / "ablate.py"), path, f"--out={tmp_path}", "--jobs=2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 200
+    while time.time() < deadline and not list(tmp_path.glob("runs/*/latest")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 130 and "the same command goes on" in error, error
+    (folder,) = {p.parent for p in tmp_path.glob("runs/*/latest")} or [None]
+    stopped_at = json.loads((folder / "latest" / "config.json").read_text())["step"]
+    assert 0 < stopped_at < 400
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (('reference = "relu2"', 'reference = "relu"'), ["no arm 'relu'", "relu2, gelu, kan"]),
+        (("seeds = [1, 2]", "seeds = [1, 1]"), ["seeds", "[1, 1]"]),
+        (("seeds = [1, 2]", "sedes = [1, 2]"), ["unknown setting sedes", "did you mean seeds?"]),
+        (("n_embd = 16", "n_embed = 16"), ["unknown option n_embed", "did you mean n_embd?"]),
+        (("n_embd = 16", "seed = 16"), ["unknown option seed"]),
+        (("n_embd = 16", "learning_rate = -1"), ["learning_rate must be above 0"]),
+        (("tries = [{table_learning_rate = 1e-3}, ", "tries = ["), ["same number of tries", "'kan': 1"]),
+        (('equal = ["tokens"]', 'equal = ["steps"]'), ["equal must be among tokens, seconds", "'steps'"]),
+        (("[base]", "[base"), ["not valid TOML"]),
+        (("data = ", "data = 'nowhere' # "), ["no data set 'nowhere'"]),
+    ],
+)
+def test_mistakes_end_in_one_line(script, plan, tmp_path, change, words):
+    assert_one_line(script("ablate.py", plan(change), f"--out={tmp_path}"), *words)
+
+
+def test_other_mistakes_end_in_one_line(script, plan, tmp_path):
+    assert_one_line(script("ablate.py", str(tmp_path / "none.toml")), "no plan", "plan")
+    assert_one_line(script("ablate.py", plan(), "--cells=al"), "no cell 'al'", "did you mean all?")
+    assert_one_line(script("ablate.py", plan(), "--jobs=0"), "jobs must be at least 1")
+    (tmp_path / "plan.json").write_text("{}")
+    assert_one_line(script("ablate.py", plan(), f"--out={tmp_path}"), "plan.json is damaged")
+
+
+def row(*losses, arm="kan"):
+    return ablate.Row(arm, [dict(val_loss=loss) for loss in losses], {}, 1.0)
+
+
+def test_a_tie_is_within_two_standard_errors():
+    other = row(2.0, 2.1, 2.2)
+    assert other.mean == pytest.approx(2.1) and other.error == pytest.approx(0.1 / math.sqrt(3))
+    error = math.hypot(other.error, other.error)
+    for shift, verdict in ((1.9 * error, "tie"), (2.1 * error, "higher"), (-2.1 * error, "lower")):
+        d, e, said = ablate.difference(row(*(loss + shift for loss in (2.0, 2.1, 2.2))), other)
+        assert (d, e, said) == (pytest.approx(shift), pytest.approx(error), verdict)
+    assert ablate.difference(row(1.0), other)[1:] == (None, "-")  # one seed: no claim
+    assert row(1.0, None).mean == math.inf  # a seed that diverged is not left out of the mean
+
+
+def test_a_power_law_is_found():
+    sizes = [2e5, 8e5, 3e6]
+    a, b = ablate.power_law(sizes, [3.0 * p**-0.07 for p in sizes])
+    assert (a, b) == (pytest.approx(3.0), pytest.approx(0.07))
+
+
+def test_a_failed_run_says_why(plan, tmp_path, script):
+    failed = script("ablate.py", plan(("batch_tokens = 128", "batch_tokens = 100")), f"--out={tmp_path}")
+    assert_one_line(failed, "batch_tokens = 100 must be a multiple")
