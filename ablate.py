@@ -13,14 +13,15 @@ One TOML says everything:
     [base]                          options of train.py, for all
     [cells.NAME]                    more of them: a corpus or a size; every cell gets a table of its own
     [arms.NAME]                     more of them: what is compared. Beside these an arm may have
-    tries = [{learning_rate = 1e-3}, ...]   one run each with the first seed; the best goes on. As many for every arm
+    tries = [{learning_rate = 1e-3}, ...]   one run each with the first seed; the best goes on. As many for every arm.
+                                    A cell may have tries of its own, for all arms
     equal = ["seconds"]             this arm's own comparisons
     equal_parameters = false        or else match_parameters makes it as large as the reference
 
 Equal tokens: max_steps for all. Equal seconds: a step of every arm is timed in bursts that take turns, alone on the
-machine, so that its moods hit all alike; then every arm gets the steps it can make in the seconds in which the reference
-makes max_steps, and a schedule as long as that. So what a run computes does not depend on how fast it ran, and runs may
-share the machine (--jobs). Seconds are of training, without evaluations, checkpoints and compilation.
+machine, so that its moods hit all alike; then every arm gets the steps it can make while the reference makes max_steps,
+and a schedule as long as that. What a run computes does not depend on how fast it ran, so runs may share the machine
+(--jobs). Seconds are of training, without evaluations, checkpoints and compilation.
 
 Written to --out after every run: NAME.json with all runs, from which the same command goes on, NAME.md, NAME.png. A run
 that was interrupted goes on from its checkpoint.
@@ -93,9 +94,14 @@ class Plan:
     reference: str
     baselines: list[str]
 
+    def tries(self, cell, arm):
+        return self.cells[cell].get("tries", self.arms[arm].tries)
+
     def options(self, cell, arm, extra):
         """What differs from train.py's defaults in a run of this arm, before it is made as large as the reference."""
-        return {**self.base, **self.cells[cell], **self.arms[arm].options, **extra}
+        options = {**self.base, **self.cells[cell], **self.arms[arm].options, **extra}
+        options.pop("tries", None)
+        return options
 
 
 def read_plan(path):
@@ -130,9 +136,10 @@ def read_plan(path):
     for name in [plan.reference, *plan.baselines]:
         if name not in arms:
             raise ValueError(f"{path}: no arm {name!r}; the arms are {', '.join(arms)}")
-    tries = {name: len(arm.tries) for name, arm in arms.items()}
-    if len(set(tries.values())) > 1 or 0 in tries.values():
-        raise ValueError(f"{path}: every arm must be tuned in the same number of tries, got {tries}")
+    for cell in plan.cells:
+        tries = {name: len(plan.tries(cell, name)) for name in arms}
+        if len(set(tries.values())) > 1 or 0 in tries.values():
+            raise ValueError(f"{path}: every arm must be tuned in the same number of tries, got {tries}")
     for measure in {*equal, *(m for arm in arms.values() for m in arm.equal)}:
         if measure not in MEASURES:
             raise ValueError(f"{path}: equal must be among {', '.join(MEASURES)}, got {measure!r}")
@@ -142,7 +149,7 @@ def read_plan(path):
     reserved = {"out_dir", "resume", "seed", "match_parameters"}
     for cell in plan.cells:
         for arm in arms:
-            for extra in arms[arm].tries:
+            for extra in plan.tries(cell, arm):
                 options = plan.options(cell, arm, extra)
                 check_names(options, set(names) - reserved, f"{path}: cell {cell}, arm {arm}", "option")
                 make_config(options).check()
@@ -252,7 +259,7 @@ class Runner:
     def timed(self, cell):
         """A burst of every arm."""
         burst = dict(max_steps=BURST, eval_interval=BURST, eval_tokens=1, warmup_steps=BURST)
-        return {name: self.run(cell, name, 0, {**arm.tries[0], **burst}) for name, arm in self.plan.arms.items()}
+        return {name: self.run(cell, name, 0, {**self.plan.tries(cell, name)[0], **burst}) for name in self.plan.arms}
 
     def speeds(self, cell):
         """{arm: milliseconds a step}, timed if not known: the median of a burst, the least of several, in turns."""
@@ -316,7 +323,7 @@ class Runner:
             for name in ("latest", "best"):
                 shutil.rmtree(folder / name, ignore_errors=True)
         loss = "not finite" if log is None else f"{result['val_loss']:.4f} after {result['steps']} steps"
-        knobs = sorted({name for extra in self.plan.arms[run.arm].tries for name in extra})
+        knobs = sorted({name for extra in self.plan.tries(run.cell, run.arm) for name in extra})
         knobs = "".join(f" {name}={run.options[name]}" for name in knobs if name in run.options)
         print(f"{run.cell}: {run.arm} seed {run.seed}{knobs}: {loss} ({time.time() - started:,.0f} s)", flush=True)
 
@@ -330,7 +337,7 @@ class Runner:
     # Which runs
 
     def tries(self, cell, arm):
-        return [self.run(cell, arm, self.plan.seeds[0], extra) for extra in self.plan.arms[arm].tries]
+        return [self.run(cell, arm, self.plan.seeds[0], extra) for extra in self.plan.tries(cell, arm)]
 
     def chosen(self, cell, arm):
         """The try that did best with the first seed; None while some are missing, or if none stayed finite."""
@@ -340,7 +347,7 @@ class Runner:
         ]
         if None in losses or min(losses) == math.inf:
             return None
-        return self.plan.arms[arm].tries[losses.index(min(losses))]
+        return self.plan.tries(cell, arm)[losses.index(min(losses))]
 
     def compared(self, cell, arm, measure, extra, speeds):
         """The runs of one comparison, one a seed."""
@@ -443,13 +450,14 @@ def against_text(plan, row, best):
 
 def report(runner):
     """The Markdown of all that is made so far."""
-    plan, tries = runner.plan, len(next(iter(runner.plan.arms.values())).tries)
+    plan = runner.plan
+    tries = len(plan.tries(next(iter(plan.cells)), plan.reference))
     parts = [
         f"# Ablation `{plan.name}`",
         f"Made by `python ablate.py {runner.options.plan}`. Validation loss in nats per token: the mean over seeds ± "
         f"its standard error; a difference within two is a tie. Every arm was tuned in as many runs, {tries}, with the "
-        f"first seed and the reference's steps. ms: a training step, the least of {ROUNDS} bursts that take turns, alone "
-        "on the machine; seconds are steps times ms.",
+        f"first seed and the reference's steps. ms: a training step, the least of {ROUNDS} bursts that take turns, "
+        "alone on the machine; seconds are steps times ms.",
     ]
     summary = [["cell", *(f"{arm}, equal {m}" for m in MEASURES for arm in free_arms(plan, m))]]
     for cell in plan.cells:
@@ -608,7 +616,7 @@ def dry_run(runner, cells):
                 ms[arm] = work / rate
         for name, arm in plan.arms.items():
             searched = runner.tries(cell, name)
-            extra = runner.chosen(cell, name) or arm.tries[0]
+            extra = runner.chosen(cell, name) or plan.tries(cell, name)[0]
             wanted = searched + [run for m in arm.equal for run in runner.compared(cell, name, m, extra, ms)]
             # Before the search is made, one of its runs is counted twice: it will be the first seed's.
             left = {run.key: run for run in wanted if run.key not in runner.results["runs"]}.values()

@@ -7,8 +7,9 @@ The shape is nanoGPT's (https://github.com/karpathy/nanoGPT); a block is
     x = x + mlp(norm(x))            mlp = "kan": the norm and this line are LayerNorm + KANLayer
 
 With one KANLayer the second line adds, for every channel, one learned function of each normalised input channel:
-additive in its inputs, where an MLP mixes them. kan_hidden > 0 makes it two layers, C -> H -> C, which mix too.
-At kan_control_points = 8 one layer has exactly the parameters of the 4x MLP: 8 * C * C.
+additive in its inputs, where an MLP mixes them. Two ways to mix: kan_gate multiplies the layer's output by 1 + W x, a
+matrix beside it, as SwiGLU has one; kan_hidden > 0 makes it two layers, C -> H -> C. With 8 control points, or 7 and a
+gate, one layer has exactly the parameters of the 4x MLP: 8 * C * C.
 
 Legend of shapes
     B  sequences in the batch    T  tokens in each    C  n_embd    H  n_head (in attention), kan_hidden (in the KAN)
@@ -89,7 +90,11 @@ class MLP(nn.Module):
 
 
 class KAN(nn.Module):
-    """KANLayer C -> C, or C -> H -> C with a norm between. The norm in front is the block's."""
+    """KANLayer C -> C, or C -> H -> C with a norm between; times 1 + W x if gated. The norm in front is the block's.
+
+    A product of two things that a token's channels say is what an additive layer can't make; a gate can, for one matrix
+    product. It starts near 1, so that nothing is lost by it.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -103,13 +108,15 @@ class KAN(nn.Module):
             # The first layer must not be zero: the second would see a constant and neither would learn.
             self.fc, self.ln = KANLayer(C, H, "random_normal", **options), make_norm(config, H)
         self.proj = KANLayer(H or C, C, config.kan_init, **options)
+        self.c_gate = nn.Linear(C, C, bias=False) if config.kan_gate else None
         self.dropout = nn.Dropout(config.dropout)
         self.two_layers = H > 0
 
     def forward(self, x):
-        if self.two_layers:
-            x = self.ln(self.fc(x))
-        return self.dropout(self.proj(x))
+        y = self.proj(self.ln(self.fc(x)) if self.two_layers else x)
+        if self.c_gate is not None:
+            y = y * (1 + self.c_gate(x))
+        return self.dropout(y)
 
 
 class Block(nn.Module):
@@ -137,6 +144,7 @@ class GPTConfig:
     mlp: str = "kan"  # kan, gelu, relu2, swiglu
     mlp_hidden: int = 0  # 0: 4 * n_embd, for swiglu 8/3 * n_embd, which is the same number of parameters
     kan_control_points: int = 8
+    kan_gate: bool = False  # a matrix C -> C beside the layer, whose output multiplies the layer's
     kan_width: float = 4.0  # the curves' domain; 95% of a layer-normed input falls inside
     kan_hidden: int = 0  # 0: one KANLayer; else two, with so many channels between
     kan_init: str = "zero"  # of the layer that writes to the residual stream: zero, random_normal, identity
@@ -314,6 +322,8 @@ class GPT(nn.Module):
                 flops["attention"] += factor * (2 * 4 * C * C + 4 * C * self.config.block_size)
             elif isinstance(module, MLP):
                 flops["mlp"] += factor * 2 * sum(p.numel() for p in module.parameters())
+            elif isinstance(module, KAN) and module.c_gate is not None:
+                flops["mlp"] += factor * 2 * C * C
             elif isinstance(module, KANLayer):
                 edges = module.in_features * module.out_features
                 flops["kan_lookup"] += edges * (10 if backward else 4)

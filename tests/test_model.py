@@ -15,6 +15,7 @@ MODERN = dict(position="rope", norm="rmsnorm", qk_norm=True, zero_init=True, log
 VARIANTS = [
     *(replace(SMALL, mlp=mlp) for mlp in KINDS),
     replace(SMALL, kan_hidden=24),
+    replace(SMALL, kan_gate=True, kan_control_points=7),
     replace(SMALL, **MODERN),
     replace(SMALL, mlp="swiglu", **MODERN),
 ]
@@ -96,7 +97,16 @@ def test_eight_control_points_are_as_many_parameters_as_an_mlp():
     )  # GPT-2 without its biases, vocabulary padded to 50,304
 
 
-@pytest.mark.parametrize("arm", [dict(mlp="gelu"), dict(mlp="swiglu"), dict(mlp="kan"), dict(mlp="kan", kan_hidden=5)])
+@pytest.mark.parametrize(
+    "arm",
+    [
+        dict(mlp="gelu"),
+        dict(mlp="swiglu"),
+        dict(mlp="kan"),
+        dict(mlp="kan", kan_hidden=5),
+        dict(mlp="kan", kan_gate=True),
+    ],
+)
 @pytest.mark.parametrize("total", [300_000, 804_096, 2_376_960])
 def test_match_parameters(arm, total):
     config = replace(CPU_RECIPE, **arm)

@@ -235,7 +235,8 @@ def test_an_earlier_run_is_moved_aside(tiny, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(mlp="swiglu"), dict(kan_hidden=8, position="learned", qk_norm=True, norm="rmsnorm")]
+    "options",
+    [dict(mlp="swiglu"), dict(kan_gate=True), dict(kan_hidden=8, position="learned", qk_norm=True, norm="rmsnorm")],
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_other_models_and_optimizers_learn(tiny, options, optimizer):
