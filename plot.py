@@ -123,8 +123,8 @@ def watch_inputs(model, features, batches):
     return {layer: (outside.mean().item(), x) for layer, (outside, x) in parts.items()}
 
 
-def validation_batches(info):
-    """Validation windows of a run, spread evenly; none, and a warning, where its data is not at hand."""
+def validation_windows(info):
+    """Batches of a run's validation windows (8, block_size + 1), evenly spread; none, and a warning, without data."""
     import torch
 
     from data.bins import TokenData
@@ -134,10 +134,10 @@ def validation_batches(info):
         if data.fingerprint != info["data_fingerprint"]:
             raise ValueError(f"{data.folder} holds other data than the run was trained on")
     except ValueError as error:
-        warnings.warn(f"the curves are drawn without the histograms of their inputs: {error}", stacklevel=2)
+        warnings.warn(f"the run's inputs are not shown: {error}", stacklevel=2)
         return []
     starts = data.val_starts(TOKENS)
-    return [torch.from_numpy(data.val_batch(starts[i : i + 8])[:, :-1]) for i in range(0, len(starts), 8)]
+    return [torch.from_numpy(data.val_batch(starts[i : i + 8])) for i in range(0, len(starts), 8)]
 
 
 def draw_edge(axis, knots, points, x=None):
@@ -189,7 +189,10 @@ def curves_figure(run, path, per_layer=6):
     for layer in layers.values():
         top = layer.edge_activity().flatten().topk(min(per_layer, layer.in_features * layer.out_features)).indices
         edges[layer] = [divmod(edge, layer.out_features) for edge in top.tolist()]
-    batches, wanted = validation_batches(info), {layer: [f for f, _ in pairs] for layer, pairs in edges.items()}
+    batches, wanted = (
+        [w[:, :-1] for w in validation_windows(info)],
+        {layer: [f for f, _ in pairs] for layer, pairs in edges.items()},
+    )
     inputs = watch_inputs(model, wanted, batches) if batches else {}
 
     shape, size, widths = (len(layers), per_layer + 1), (10.5, 1 + 1.4 * len(layers)), [1] * per_layer + [0.75]

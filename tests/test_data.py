@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -123,6 +124,59 @@ def test_python_stdlib(script, tmp_path):
     before = (tmp_path / "std" / "train.bin").read_bytes()
     assert script("data/python_stdlib/prepare.py", "--out", tmp_path / "std").returncode == 0
     assert (tmp_path / "std" / "train.bin").read_bytes() == before
+
+
+PAGE = """<?xml version="1.0"?><html><head><title>No</title></head><body><div id="banner"><p>No</p></div>
+<ul class="docnav"><li><a href="x">No</a></li></ul><h1>11.7. Mail &amp; more</h1><p>A <em>page</em>,
+broken<br/>in two.<img src="x"/></p>
+<div class="toc"><dl><dt>No</dt></dl></div><pre># a   comment
+  indented</pre><p>Page {number}.</p></body></html>"""
+PROSE = "11.7. Mail & more\nA page, broken\nin two.\n# a   comment\n  indented\nPage {number}.\n\n"
+
+
+@pytest.fixture
+def handbook(tmp_path):
+    """A folder with pages like the handbook's."""
+    folder = tmp_path / "usr/share/doc/debian-handbook/html/en-US"
+    folder.mkdir(parents=True)
+    for number in range(40):
+        (folder / f"sect.{number}.html").write_text(PAGE.format(number=number))
+    return folder
+
+
+def test_debian_handbook(script, handbook, tmp_path):
+    done = script("data/debian_handbook/prepare.py", f"--input={handbook}", f"--out={tmp_path / 'd'}")
+    assert done.returncode == 0, done.stderr
+    data = TokenData(tmp_path / "d", 16)
+    words = tokenizer.from_spec(data.tokenizer_spec)
+    texts = [words.decode(data._open(split)) for split in bins.SPLITS]
+    pages = [PROSE.format(number=number) for number in range(40)]
+    assert sorted("".join(texts).split("\n\n")) == sorted("".join(pages).split("\n\n"))
+    assert texts[0].count("Mail") > texts[1].count("Mail") > 0
+
+
+@pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="no dpkg-deb on this system")
+def test_debian_handbook_from_its_package(script, handbook, tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(tmp_path / "usr", tree / "usr")
+    (tree / "DEBIAN").mkdir()
+    (tree / "DEBIAN/control").write_text(
+        "Package: debian-handbook\nVersion: 1\nArchitecture: all\nMaintainer: A <a@b.c>\nDescription: test\n"
+    )
+    subprocess.run(["dpkg-deb", "--build", tree, tmp_path / "book.deb"], check=True, capture_output=True)
+    prepare = "data/debian_handbook/prepare.py"
+    for source, out in ((handbook, "a"), (tmp_path / "book.deb", "b")):
+        assert script(prepare, f"--input={source}", f"--out={tmp_path / out}").returncode == 0
+    assert (tmp_path / "a" / "train.bin").read_bytes() == (tmp_path / "b" / "train.bin").read_bytes()
+    (tmp_path / "bad.deb").write_text("no package")
+    assert_one_line(script(prepare, f"--input={tmp_path / 'bad.deb'}"), "dpkg-deb -x failed", "--input=FOLDER")
+
+
+def test_debian_handbook_says_what_it_needs(script, tmp_path):
+    prepare = "data/debian_handbook/prepare.py"
+    assert_one_line(script(prepare, "--input=none.deb"), "no none.deb", "--input names the .deb")
+    assert_one_line(script(prepare, f"--input={tmp_path}"), "no .html pages", "--input")
+    assert_one_line(script(prepare, env={"PATH": str(tmp_path)}), "no apt-get on this system", "--input=FILE")
 
 
 @pytest.mark.parametrize("kind, size", [("char", None), ("train", 300)])
@@ -349,7 +403,9 @@ def test_damaged_data_is_named(data_folder, tmp_path, name, change, message):
 
 
 def test_missing_and_too_short_data(data_folder):
-    with pytest.raises(ValueError, match=r"no data set 'nothing'.*there are fineweb_edu, openwebtext, python_stdlib"):
+    with pytest.raises(
+        ValueError, match=r"no data set 'nothing'.*there are debian_handbook, fineweb_edu, openwebtext, python_stdlib"
+    ):
         TokenData("nothing", 16)
     with pytest.raises(ValueError, match=r"too few for block_size = 100000; lower block_size"):
         load(data_folder, 100_000)

@@ -68,15 +68,18 @@ class Prose(html.parser.HTMLParser):
             self.parts.append("\n")
 
     def handle_data(self, data):
+        if not self.skip and not self.pre:
+            data = re.sub(r"\s+", " ", data)
+            data = data.lstrip() if not self.parts or self.parts[-1].endswith("\n") else data
         if not self.skip:
-            self.parts.append(data if self.pre else re.sub(r"\s+", " ", data))
+            self.parts.append(data)
 
 
 def prose(page):
     parser = Prose()
     parser.feed(page)
     text = "".join(parser.parts).replace("\xa0", " ")
-    lines = [line.removeprefix(" ").rstrip() for line in text.split("\n")]
+    lines = [line.rstrip() for line in text.split("\n")]
     return "\n".join(line for line in lines if line) + "\n\n"
 
 
