@@ -28,6 +28,7 @@ that was interrupted goes on from its checkpoint.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
@@ -57,7 +58,7 @@ from train import DIVERGED, TrainConfig
 
 ROOT = Path(__file__).resolve().parent
 MEASURES = ("tokens", "seconds")
-BURST, WARM, ROUNDS = 40, 10, 4  # steps of a timing; those at its start that don't count; turns of each arm
+WARM, TURNS, STEPS = 12, 12, 8  # of a timing: steps that don't count, turns of each arm, steps of a turn
 
 
 @dataclass
@@ -156,6 +157,10 @@ def read_plan(path):
     return plan
 
 
+def lines(path):
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
 def check_names(content, known, where, what):
     for key in content:
         if key not in known:
@@ -226,71 +231,97 @@ class Runner:
     def save(self):
         write(self.path, json.dumps(self.results, indent=1))
 
-    def train(self, options, folder, threads):
-        """Run train.py; returns (the log's header, its records), or None if the loss did not stay finite."""
+    def start(self, options, folder, threads):
+        """Start train.py, in a process group of its own: Ctrl-C is ours to pass on."""
         arguments = cli.as_arguments({**options, "out_dir": str(folder)})
         if (folder / "latest").is_dir():
             arguments.append("--resume")
-        start = shlex.split(self.options.launcher) or [sys.executable]
+        command = [*(shlex.split(self.options.launcher) or [sys.executable]), str(ROOT / "train.py"), *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        how = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
         with self.lock:
             if self.stopping:
                 raise KeyboardInterrupt
-            process = subprocess.Popen(
-                [*start, str(ROOT / "train.py"), *arguments],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is ours to pass on
-            )
+            process = subprocess.Popen(command, env=environment, **how)
             self.processes.add(process)
+            return process
+
+    def finish(self, process):
+        """Wait for it; returns whether its loss stayed finite. ValueError with what it said, if it failed."""
         error = process.communicate()[1]
         self.processes.discard(process)
         if self.stopping:
             raise KeyboardInterrupt
-        if process.returncode == DIVERGED:
-            return None
-        if process.returncode:
-            last = (error.strip().splitlines() or ["it does not say why"])[-1]
-            raise ValueError(f"{shlex.join(arguments)} failed: {last}")
-        return read_log(folder)
+        if process.returncode not in (0, DIVERGED):
+            last = (error.strip().splitlines() or [f"status {process.returncode}"])[-1]
+            raise ValueError(f"{shlex.join(process.args[1:])} failed: {last}")
+        return process.returncode == 0
 
     def timed(self, cell):
-        """A burst of every arm."""
-        burst = dict(max_steps=BURST, eval_interval=BURST, eval_tokens=1, warmup_steps=BURST)
-        return {name: self.run(cell, name, 0, {**self.plan.tries(cell, name)[0], **burst}) for name in self.plan.arms}
+        """What is timed: every arm's first try, without evaluations."""
+        endless = dict(max_steps=10**9, eval_interval=10**9, eval_tokens=1)
+        return {name: self.run(cell, name, 0, {**self.plan.tries(cell, name)[0], **endless}) for name in self.plan.arms}
 
     def speeds(self, cell):
-        """{arm: milliseconds a step}, timed if not known: the median of a burst, the least of several, in turns."""
-        known, runs = self.results["speeds"], self.timed(cell)
-        reference = runs[self.plan.reference]
+        """{arm: milliseconds a step}, measured where it is not known yet."""
+        known, runs, reference = self.results["speeds"], self.timed(cell), self.plan.reference
         missing = {arm: run for arm, run in runs.items() if run.key not in known}
         if missing:
-            missing[self.plan.reference] = reference
-            times = {arm: [] for arm in missing}
-            for turn in range(ROUNDS):
-                for arm, run in missing.items():
-                    folder = self.folder / "runs" / f"{run.key}-{turn}"
-                    log = self.train(run.options, folder, os.cpu_count() or 1)
-                    if log is None:
-                        raise ValueError(
-                            f"{cell}: the loss of arm {arm} is not finite after {BURST} steps; lower its rate"
-                        )
-                    shutil.rmtree(folder)
-                    header, records = log
-                    tokens = header["config"]["batch_tokens"]
-                    steps = [1e3 * tokens / record["tokens_per_second"] for record in records[1 + WARM :]]
-                    times[arm].append(statistics.median(steps))
-            # Arms that come later are timed against the reference: steps that were given out stay what they are.
-            now = min(times[self.plan.reference])
-            scale = known[reference.key]["ms"] / now if reference.key in known else 1.0
+            turns, header = self.take_turns({reference: runs[reference], **missing})
+            # What is compared is taken from the same turn. A reference that is known stays what it was, and so do the
+            # steps that were given out by it.
+            base = known.get(runs[reference].key, dict(ms=statistics.median(turns[reference])))["ms"]
             machine = {name: header[name] for name in ("device", "cpu", "threads", "torch")}
             for arm, run in missing.items():
-                if run.key not in known:
-                    known[run.key] = dict(cell=cell, arm=arm, ms=min(times[arm]) * scale, turns=times[arm], **machine)
+                ratio = statistics.median(a / b for a, b in zip(turns[arm], turns[reference], strict=True))
+                known[run.key] = dict(cell=cell, arm=arm, ms=ratio * base, ratio=ratio, turns=turns[arm], **machine)
             self.save()
         return {arm: known[run.key]["ms"] for arm, run in runs.items()}
+
+    def take_turns(self, runs):
+        """({arm: [milliseconds a step, the median of each turn]}, a log's header).
+
+        All arms train at once, but at any time all but one of them are halted by a signal.
+        """
+        threads, turns, processes, logs = os.cpu_count() or 1, {arm: [] for arm in runs}, {}, {}
+        try:
+            for arm, run in runs.items():
+                folder = self.folder / "runs" / f"{run.key}-timing"
+                shutil.rmtree(folder, ignore_errors=True)
+                processes[arm], logs[arm] = self.start(run.options, folder, threads), folder / "log.jsonl"
+                self.wait_for(processes[arm], logs[arm], WARM)
+                os.killpg(processes[arm].pid, signal.SIGSTOP)
+            for _ in range(TURNS):
+                for arm, process in processes.items():
+                    seen = lines(logs[arm])
+                    os.killpg(process.pid, signal.SIGCONT)
+                    self.wait_for(process, logs[arm], seen + STEPS + 1)
+                    os.killpg(process.pid, signal.SIGSTOP)
+                    header, records = read_log(logs[arm].parent)
+                    tokens = header["config"]["batch_tokens"]
+                    # The first of them was halted on its way.
+                    ms = [1e3 * tokens / record["tokens_per_second"] for record in records[seen:]]
+                    turns[arm].append(statistics.median(ms))
+            return turns, header
+        finally:
+            for process in processes.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                process.stderr.close()
+                self.processes.discard(process)
+            for log in logs.values():
+                shutil.rmtree(log.parent, ignore_errors=True)
+
+    def wait_for(self, process, log, number):
+        """Until the log has so many lines."""
+        while lines(log) < number:
+            if process.poll() is not None:
+                self.finish(process)
+                raise ValueError(
+                    f"{shlex.join(process.args[1:])} has no finite loss while it is timed; lower its rates"
+                )
+            time.sleep(0.005)
 
     def make(self, runs):
         """Make those that are not made yet, some at a time."""
@@ -307,10 +338,10 @@ class Runner:
 
     def make_one(self, run, threads):
         folder, started = self.folder / "runs" / run.key, time.time()
-        log = self.train(run.options, folder, threads)
+        finite = self.finish(self.start(run.options, folder, threads))
         result = dict(vars(run), val_loss=None)
-        if log is not None:
-            header, records = log
+        if finite:
+            header, records = read_log(folder)
             last = records[-1]
             result.update({name: header[name] for name in "parameters flops_per_token git torch cpu threads".split()})
             result.update(val_loss=last["val_loss"], steps=last["step"], seconds=round(last["seconds"], 1))
@@ -322,7 +353,7 @@ class Runner:
         if not self.options.keep:
             for name in ("latest", "best"):
                 shutil.rmtree(folder / name, ignore_errors=True)
-        loss = "not finite" if log is None else f"{result['val_loss']:.4f} after {result['steps']} steps"
+        loss = "not finite" if not finite else f"{result['val_loss']:.4f} after {result['steps']} steps"
         knobs = sorted({name for extra in self.plan.tries(run.cell, run.arm) for name in extra})
         knobs = "".join(f" {name}={run.options[name]}" for name in knobs if name in run.options)
         print(f"{run.cell}: {run.arm} seed {run.seed}{knobs}: {loss} ({time.time() - started:,.0f} s)", flush=True)
@@ -456,8 +487,8 @@ def report(runner):
         f"# Ablation `{plan.name}`",
         f"Made by `python ablate.py {runner.options.plan}`. Validation loss in nats per token: the mean over seeds ± "
         f"its standard error; a difference within two is a tie. Every arm was tuned in as many runs, {tries}, with the "
-        f"first seed and the reference's steps. ms: a training step, the least of {ROUNDS} bursts that take turns, "
-        "alone on the machine; seconds are steps times ms.",
+        f"first seed and the reference's steps. ms: a training step, alone on the machine: the reference's median over "
+        f"{TURNS} turns, the others' by the median of their ratios to it turn by turn. Seconds are steps times ms.",
     ]
     summary = [["cell", *(f"{arm}, equal {m}" for m in MEASURES for arm in free_arms(plan, m))]]
     for cell in plan.cells:
@@ -600,7 +631,7 @@ def achieved(flops):
 
 def dry_run(runner, cells):
     """Print the runs that are left and their hours. Where a step is not timed yet, its time is estimated from its flops
-    and from one burst of the first cell's reference, which flatters small models."""
+    and from some steps of the first cell's reference, which flatters small models."""
     plan, rate, total = runner.plan, None, 0.0
     lines = [["cell", "arm", "runs left", "steps", "ms a step", "hours"]]
     for cell in cells:
@@ -630,16 +661,10 @@ def dry_run(runner, cells):
 
 
 def flops_per_ms(runner, cell):
-    """What the reference achieves, in one burst."""
-    run = runner.timed(cell)[runner.plan.reference]
-    folder = runner.folder / "runs" / f"{run.key}-dry"
-    header, records = runner.train(run.options, folder, os.cpu_count() or 1)
-    shutil.rmtree(folder)
-    return (
-        achieved(header["flops_per_token"])
-        * statistics.median(record["tokens_per_second"] for record in records[1 + WARM :])
-        / 1e3
-    )
+    """What the reference achieves, in a few steps."""
+    reference = runner.plan.reference
+    turns, header = runner.take_turns({reference: runner.timed(cell)[reference]})
+    return achieved(header["flops_per_token"]) * header["config"]["batch_tokens"] / statistics.median(turns[reference])
 
 
 def main(arguments):
