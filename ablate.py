@@ -667,6 +667,10 @@ def flops_per_ms(runner, cell):
     return achieved(header["flops_per_token"]) * header["config"]["batch_tokens"] / statistics.median(turns[reference])
 
 
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
 def main(arguments):
     options = cli.parse(Options, arguments)
     plan = read_plan(options.plan)
@@ -676,7 +680,8 @@ def main(arguments):
     if options.jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {options.jobs}")
     cells, runner = options.cells or tuple(plan.cells), Runner(plan, options)
-    previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Both, since a shell's background jobs ignore Ctrl-C.
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         if options.dry_run:
             return dry_run(runner, cells)
@@ -688,7 +693,8 @@ def main(arguments):
         print(f"stopped; the same command goes on. What is finished is in {runner.path}", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     picture = figure(runner, runner.path.with_suffix(".png"))
     print(report(runner))
     print(f"{runner.path}, {runner.path.with_suffix('.md')}, {picture}")
