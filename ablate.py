@@ -208,19 +208,16 @@ class Runner:
                 raise ValueError(f"{self.path} is damaged; move it away, and its runs are made again") from None
         self.lock, self.processes, self.stopping = threading.Lock(), set(), False
 
-    @functools.cached_property
-    def data(self):
-        """(TokenData, parameters of the reference) of every cell."""
-        found = {}
-        for cell in self.plan.cells:
-            config = make_config(self.plan.options(cell, self.plan.reference, {}))
-            data = TokenData(config.data, config.block_size)
-            found[cell] = data, count(config.model_config(data.vocab_size))
-        return found
+    @functools.cache  # noqa: B019  there is one runner
+    def data(self, cell):
+        """(TokenData, parameters of the reference)"""
+        config = make_config(self.plan.options(cell, self.plan.reference, {}))
+        data = TokenData(config.data, config.block_size)
+        return data, count(config.model_config(data.vocab_size))
 
     def run(self, cell, arm, seed, extra, steps=None):
         options = self.plan.options(cell, arm, extra)
-        data, parameters = self.data[cell]
+        data, parameters = self.data(cell)
         if arm != self.plan.reference and self.plan.arms[arm].equal_parameters:
             options["match_parameters"] = parameters
         if steps:
@@ -442,11 +439,13 @@ def difference(row, other):
 
 def rows_of(runner, cell, measure):
     """The comparison's rows, as far as runs are made."""
-    plan, rows = runner.plan, []
-    try:
-        speeds = {arm: runner.results["speeds"][run.key]["ms"] for arm, run in runner.timed(cell).items()}
-    except KeyError:
+    plan, known, rows = runner.plan, runner.results["speeds"], []
+    if cell not in (speed["cell"] for speed in known.values()):
         return []
+    timed = runner.timed(cell)
+    if not all(run.key in known for run in timed.values()):
+        return []
+    speeds = {arm: known[run.key]["ms"] for arm, run in timed.items()}
     for name, arm in plan.arms.items():
         extra = runner.chosen(cell, name)
         if measure in arm.equal and extra is not None:
@@ -506,11 +505,8 @@ def report(runner):
         for measure in MEASURES:
             rows = rows_of(runner, cell, measure)
             best = best_baseline(plan, rows)
-            lines = [
-                "arm, parameters, tried best, steps, ms, tokens/s, Mflop/token, peak MB, seconds, loss, against".split(
-                    ", "
-                )
-            ]
+            head = "arm, parameters, tried best, steps, ms, tokens/s, Mflop/token, peak MB, seconds, loss, against"
+            lines = [head.split(", ")]
             for row in rows:
                 run = row.runs[0]
                 knobs = ", ".join(f"{k}={v}" for k, v in row.extra.items())
@@ -638,7 +634,7 @@ def dry_run(runner, cells):
         ms = {}
         for arm, run in runner.timed(cell).items():
             config = make_config(run.options)
-            work = flops_per_token(config.model_config(runner.data[cell][0].vocab_size)) * config.batch_tokens
+            work = flops_per_token(config.model_config(runner.data(cell)[0].vocab_size)) * config.batch_tokens
             if run.key in runner.results["speeds"]:
                 ms[arm] = runner.results["speeds"][run.key]["ms"]
             else:

@@ -152,7 +152,8 @@ def test_nothing_is_made_twice(finished, monkeypatch, capsys):
 
 
 def test_a_dry_run_trains_nothing(plan, tmp_path, capsys):
-    ablate.main([plan(), f"--out={tmp_path}", "--dry_run"])
+    cells = '[cells.here]\n[cells.elsewhere]\ndata = "nowhere"\n\n[arms.relu2]'  # what is left out needs no data
+    ablate.main([plan(("[arms.relu2]", cells)), f"--out={tmp_path}", "--cells=here", "--dry_run"])
     lines = capsys.readouterr().out.splitlines()
     left = {line.split(" | ")[1]: int(line.split(" | ")[2]) for line in lines[2:-1]}
     assert left == {"relu2": 3, "gelu": 3, "kan": 5} and "nothing was trained" in lines[-1]
