@@ -160,7 +160,7 @@ def test_a_dry_run_trains_nothing(plan, tmp_path, capsys):
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_stopped_it_goes_on_where_it_was(plan, finished, tmp_path):
+def test_stopped_it_goes_on_where_it_was(plan, tmp_path):
     # The runs that a signal stops save, and end as if they had not been stopped.
     longer = ("max_steps = 12", "max_steps = 400"), ('equal = ["tokens", "seconds"]', 'equal = ["tokens"]')
     path = plan(*longer, ("eval_interval = 6", "eval_interval = 50"))
@@ -172,9 +172,17 @@ def test_stopped_it_goes_on_where_it_was(plan, finished, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=100)
     assert process.returncode == 130 and "the same command goes on" in error, error
-    (folder,) = {p.parent for p in tmp_path.glob("runs/*/latest")} or [None]
-    stopped_at = json.loads((folder / "latest" / "config.json").read_text())["step"]
-    assert 0 < stopped_at < 400
+    folders = [p.parent for p in tmp_path.glob("runs/*/latest")]
+    assert folders
+    for folder in folders:
+        assert 0 < json.loads((folder / "latest" / "config.json").read_text())["step"] < 400
+    losses = []
+    for out in (tmp_path, tmp_path / "fresh"):
+        runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(out), jobs=2))
+        (run,) = (r for arm in runner.plan.arms for r in runner.tries("all", arm) if r.key == folders[0].name)
+        runner.make([run])
+        losses.append(runner.results["runs"][run.key]["val_loss"])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(
