@@ -2,7 +2,7 @@
 
     python ablate.py configs/ablations/quick.toml               two arms, 3 minutes on 2 cores
     python ablate.py configs/ablations/evidence.toml --dry_run  what it would run, and for how long
-    python ablate.py configs/ablations/evidence.toml --cells shakespeare_0.8M --jobs=2
+    python ablate.py configs/ablations/evidence.toml --cells shakespeare_02M --jobs=2
 
 One TOML says everything:
 
@@ -18,13 +18,13 @@ One TOML says everything:
     equal = ["seconds"]             this arm's own comparisons
     equal_parameters = false        or else match_parameters makes it as large as the reference
 
-Equal tokens: max_steps for all. Equal seconds: a step of every arm is timed in bursts that take turns, alone on the
+Equal tokens: max_steps for all. Equal seconds: a step of every arm is timed, some at a time in turns, alone on the
 machine, so that its moods hit all alike; then every arm gets the steps it can make while the reference makes max_steps,
 and a schedule as long as that. What a run computes does not depend on how fast it ran, so runs may share the machine
 (--jobs). Seconds are of training, without evaluations, checkpoints and compilation.
 
-Written to --out after every run: NAME.json with all runs, from which the same command goes on, NAME.md, NAME.png. A run
-that was interrupted goes on from its checkpoint.
+Written to --out: after every run NAME.json, with all runs, from which the same command goes on; after every cell
+NAME.md; at the end NAME.png. A run that was interrupted goes on from its checkpoint.
 """
 
 import concurrent.futures
@@ -42,7 +42,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -50,11 +49,12 @@ import torch
 import tyro
 
 import cli
+from bench import markdown
 from data.bins import TokenData
 from log import read_log
 from model import GPT, count
 from plot import save_figure
-from train import DIVERGED, TrainConfig
+from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent
 MEASURES = ("tokens", "seconds")
@@ -107,15 +107,8 @@ class Plan:
 
 def read_plan(path):
     """The plan in a TOML file, checked; ValueError says what is wrong with it."""
-    try:
-        content = tomllib.loads(cli.read_text(path))
-    except FileNotFoundError:
-        others = sorted(str(p) for p in Path(path).parent.glob("*.toml"))
-        raise ValueError(f"no plan {path}; there are: {', '.join(others) or 'none in its folder'}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
-    known = {field.name for field in fields(Plan)} - {"name"}
-    check_names(content, known, path, "setting")
+    content = cli.load_toml(path, "plan")
+    cli.check_names(content, sorted({field.name for field in fields(Plan)} - {"name"}), path, "setting")
     if not content.get("arms"):
         raise ValueError(f"{path} has no arms; name at least one: [arms.NAME]")
     equal = content.get("equal", ["tokens"])
@@ -146,25 +139,18 @@ def read_plan(path):
             raise ValueError(f"{path}: equal must be among {', '.join(MEASURES)}, got {measure!r}")
     if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
         raise ValueError(f"{path}: seeds must be different numbers, at least one, got {plan.seeds}")
-    names = {field.name: field for field in fields(TrainConfig)}
-    reserved = {"out_dir", "resume", "seed", "match_parameters"}
+    known = sorted({field.name for field in fields(TrainConfig)} - {"out_dir", "resume", "seed", "match_parameters"})
     for cell in plan.cells:
         for arm in arms:
             for extra in plan.tries(cell, arm):
                 options = plan.options(cell, arm, extra)
-                check_names(options, set(names) - reserved, f"{path}: cell {cell}, arm {arm}", "option")
+                cli.check_names(options, known, f"{path}: cell {cell}, arm {arm}")
                 make_config(options).check()
     return plan
 
 
 def lines(path):
     return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
-def check_names(content, known, where, what):
-    for key in content:
-        if key not in known:
-            raise ValueError(f"{where}: unknown {what} {key}; {cli.nearest(key, sorted(known))}")
 
 
 def make_config(options):
@@ -226,7 +212,7 @@ class Runner:
         return Run(cell, arm, seed, options, data.fingerprint)
 
     def save(self):
-        write(self.path, json.dumps(self.results, indent=1))
+        cli.write_text(self.path, json.dumps(self.results, indent=1))
 
     def start(self, options, folder, threads):
         """Start train.py, in a process group of its own: Ctrl-C is ours to pass on."""
@@ -249,7 +235,7 @@ class Runner:
         self.processes.discard(process)
         if self.stopping:
             raise KeyboardInterrupt
-        if process.returncode not in (0, DIVERGED):
+        if process.returncode not in (0, cli.NOT_FINITE):
             last = (error.strip().splitlines() or [f"status {process.returncode}"])[-1]
             raise ValueError(f"{shlex.join(process.args[1:])} failed: {last}")
         return process.returncode == 0
@@ -370,12 +356,10 @@ class Runner:
     def chosen(self, cell, arm):
         """The try that did best with the first seed; None while some are missing, or if none stayed finite."""
         found = [self.results["runs"].get(run.key) for run in self.tries(cell, arm)]
-        losses = [
-            math.inf if result and result["val_loss"] is None else result and result["val_loss"] for result in found
-        ]
-        if None in losses or min(losses) == math.inf:
+        if None in found:
             return None
-        return self.plan.tries(cell, arm)[losses.index(min(losses))]
+        losses = [math.inf if result["val_loss"] is None else result["val_loss"] for result in found]
+        return self.plan.tries(cell, arm)[losses.index(min(losses))] if min(losses) < math.inf else None
 
     def compared(self, cell, arm, measure, extra, speeds):
         """The runs of one comparison, one a seed."""
@@ -413,25 +397,25 @@ class Row:
 
     @property
     def losses(self):
-        return [run["val_loss"] for run in self.runs if run["val_loss"] is not None]
-
-    @property
-    def complete(self):
-        return len(self.losses) == len(self.runs)
+        return [math.inf if run["val_loss"] is None else run["val_loss"] for run in self.runs]
 
     @property
     def mean(self):
-        return statistics.mean(self.losses) if self.losses and self.complete else math.inf
+        return statistics.mean(self.losses)
 
     @property
     def error(self):
-        """The mean's standard error; None with one seed."""
-        return statistics.stdev(self.losses) / math.sqrt(len(self.losses)) if len(self.losses) > 1 else None
+        """The mean's standard error; None with one seed, or if one diverged."""
+        return standard_error(self.losses) if len(self.losses) > 1 and self.mean < math.inf else None
+
+
+def standard_error(values):
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def difference(row, other):
     """(row - other, its standard error, "lower", "higher" or "tie"), of means; a tie is within two standard errors."""
-    if row.mean == math.inf or other.mean == math.inf or row.error is None or other.error is None:
+    if row.error is None or other.error is None:
         return row.mean - other.mean, None, "-"
     d, error = row.mean - other.mean, math.hypot(row.error, other.error)
     return d, error, "tie" if abs(d) <= 2 * error else "lower" if d < 0 else "higher"
@@ -460,15 +444,10 @@ def best_baseline(plan, rows):
     return min((row for row in rows if row.arm in plan.baselines), key=lambda row: row.mean, default=None)
 
 
-def table(lines):
-    head, *rest = [[str(word) for word in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest])
-
-
-def loss_text(row):
-    if row.mean == math.inf:
-        return "not finite"
-    return f"{row.mean:.4f}" + (f" ± {row.error:.4f}" if row.error is not None else " (one seed)")
+def comparisons(runner):
+    """{(cell, measure): rows}, of those that have any."""
+    every = {(cell, measure): rows_of(runner, cell, measure) for cell in runner.plan.cells for measure in MEASURES}
+    return {where: rows for where, rows in every.items() if rows}
 
 
 def against_text(plan, row, best):
@@ -478,8 +457,8 @@ def against_text(plan, row, best):
     return f"{d:+.4f}" + (f" ± {error:.4f}, {verdict}" if error is not None else "")
 
 
-def report(runner):
-    """The Markdown of all that is made so far."""
+def report(runner, compared):
+    """The Markdown of all comparisons."""
     plan = runner.plan
     tries = len(plan.tries(next(iter(plan.cells)), plan.reference))
     parts = [
@@ -489,77 +468,70 @@ def report(runner):
         f"first seed and the reference's steps. ms: a training step, alone on the machine: the reference's median over "
         f"{TURNS} turns, the others' by the median of their ratios to it turn by turn. Seconds are steps times ms.",
     ]
-    summary = [["cell", *(f"{arm}, equal {m}" for m in MEASURES for arm in free_arms(plan, m))]]
+    summary = []
     for cell in plan.cells:
         line = [cell]
         for measure in MEASURES:
-            rows = {row.arm: row for row in rows_of(runner, cell, measure)}
+            rows = {row.arm: row for row in compared.get((cell, measure), [])}
             best = best_baseline(plan, rows.values())
             line += [against_text(plan, rows[arm], best) if arm in rows else "" for arm in free_arms(plan, measure)]
         if any(line[1:]):
             summary.append(line)
-    if len(summary) > 1 and plan.baselines:
-        parts.append("## Against the best baseline\n\n" + table(summary))
-    parts += fits(runner)
-    for cell in plan.cells:
-        for measure in MEASURES:
-            rows = rows_of(runner, cell, measure)
-            best = best_baseline(plan, rows)
-            head = "arm, parameters, tried best, steps, ms, tokens/s, Mflop/token, peak MB, seconds, loss, against"
-            lines = [head.split(", ")]
-            for row in rows:
-                run = row.runs[0]
-                knobs = ", ".join(f"{k}={v}" for k, v in row.extra.items())
-                if "steps" not in run:
-                    lines.append([row.arm, "", knobs, "", f"{row.ms:.1f}", "", "", "", "", "not finite", ""])
-                    continue
-                lines.append(
-                    [
-                        row.arm,
-                        f"{run['parameters']['total']:,}",
-                        knobs,
-                        f"{run['steps']:,}",
-                        f"{row.ms:.1f}",
-                        f"{run['batch_tokens'] / row.ms * 1e3:,.0f}",
-                        f"{achieved(run['flops_per_token']) / 1e6:.2f}",
-                        f"{max(r['peak_memory'] for r in row.runs) / 2**20:,.0f}",
-                        f"{run['steps'] * row.ms / 1e3:.0f}",
-                        loss_text(row)
-                        + ("" if len(row.runs) == len(plan.seeds) else f", {len(row.runs)} seeds so far"),
-                        against_text(plan, row, best),
-                    ]
-                )
-            if rows:
-                parts.append(f"## {cell}, equal {measure}\n\n" + table(lines))
+    if summary and plan.baselines:
+        head = ["cell", *(f"{arm}, equal {m}" for m in MEASURES for arm in free_arms(plan, m))]
+        parts.append("## Against the best baseline\n\n" + markdown(head, summary))
+    parts += fits(compared)
+    head = "arm, parameters, tried best, steps, ms, tokens/s, Mflop/token, peak MB, seconds, loss, against".split(", ")
+    for (cell, measure), rows in compared.items():
+        best = best_baseline(plan, rows)
+        lines = [line_of(plan, row, best) for row in rows]
+        parts.append(f"## {cell}, equal {measure}\n\n" + markdown(head, lines))
     return "\n\n".join(parts) + "\n"
+
+
+def line_of(plan, row, best):
+    """A row of a comparison's table."""
+    run, knobs = row.runs[0], ", ".join(f"{k}={v}" for k, v in row.extra.items())
+    if row.mean == math.inf:
+        return [row.arm, "", knobs, "", f"{row.ms:.1f}", "", "", "", "", "not finite", ""]
+    loss = f"{row.mean:.4f}" + (f" ± {row.error:.4f}" if row.error is not None else " (one seed)")
+    return [
+        row.arm,
+        f"{run['parameters']['total']:,}",
+        knobs,
+        f"{run['steps']:,}",
+        f"{row.ms:.1f}",
+        f"{run['batch_tokens'] / row.ms * 1e3:,.0f}",
+        f"{total_flops(run['flops_per_token']) / 1e6:.2f}",
+        f"{max(r['peak_memory'] for r in row.runs) / 2**20:,.0f}",
+        f"{run['steps'] * row.ms / 1e3:.0f}",
+        loss + ("" if len(row.runs) == len(plan.seeds) else f", {len(row.runs)} seeds so far"),
+        against_text(plan, row, best),
+    ]
 
 
 def free_arms(plan, measure):
     return [name for name, arm in plan.arms.items() if name not in plan.baselines and measure in arm.equal]
 
 
-def fits(runner):
+def fits(compared):
     """Where cells of one corpus have three sizes or more: loss = a * parameters^-b, a * seconds^-b by least squares."""
-    plan, lines = runner.plan, []
-    for measure in MEASURES:
-        groups = {}
-        for cell in plan.cells:
-            for row in rows_of(runner, cell, measure):
-                if row.mean < math.inf:
-                    run = row.runs[0]
-                    point = run["parameters"]["non_embedding"], run["steps"] * row.ms / 1e3, row.mean
-                    groups.setdefault((run["options"].get("data", TrainConfig.data), row.arm), []).append(point)
-        for (data, arm), points in groups.items():
-            if len({p[0] for p in points}) >= 3:
-                a, b = power_law([p[0] for p in points], [p[2] for p in points])
-                c, d = power_law([p[1] for p in points], [p[2] for p in points])
-                lines.append(
-                    [data, measure, arm, f"{a:.3f} P^-{b:.4f}", f"{c:.3f} s^-{d:.4f}", f"{b * math.log(2):.4f}"]
-                )
+    groups, lines = {}, []
+    for (_, measure), rows in compared.items():
+        for row in (row for row in rows if row.mean < math.inf):
+            run = row.runs[0]
+            point = run["parameters"]["non_embedding"], run["steps"] * row.ms / 1e3, row.mean
+            corpus = run["options"].get("data", TrainConfig.data)
+            groups.setdefault((corpus, measure, row.arm), []).append(point)
+    for group, points in groups.items():
+        sizes, seconds, losses = zip(*points)
+        if len(set(sizes)) >= 3:
+            (a, b), (c, d) = power_law(sizes, losses), power_law(seconds, losses)
+            lines.append([*group, f"{a:.3f} P^-{b:.4f}", f"{c:.3f} s^-{d:.4f}", f"{b * math.log(2):.4f}"])
     if not lines:
         return []
     head = ["corpus", "equal", "arm", "loss by parameters P", "loss by seconds s", "a doubling of P lowers log loss by"]
-    return ["## Fits over sizes\n\nP: parameters that are not embeddings.\n\n" + table([head, *lines])]
+    return ["## Fits over sizes\n\nP: parameters that are not embeddings.\n\n" + markdown(head, lines)]
 
 
 def power_law(x, y):
@@ -568,28 +540,27 @@ def power_law(x, y):
     return math.exp(intercept), -slope
 
 
-def figure(runner, path):
+def figure(plan, compared, path):
     """Validation loss against tokens and against seconds, a row of axes per cell, mean and standard error as a band."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plan = runner.plan
-    cells = [cell for cell in plan.cells if rows_of(runner, cell, plan.equal[0])]
+    cells = [cell for cell in plan.cells if (cell, plan.equal[0]) in compared]
     if not cells:
         return None
     drawing, axes = plt.subplots(len(cells), 2, figsize=(11, 3.6 * len(cells)), squeeze=False, layout="constrained")
     for cell, pair in zip(cells, axes, strict=True):
         for axis, measure in zip(pair, MEASURES, strict=True):
-            rows = rows_of(runner, cell, measure) or rows_of(runner, cell, "tokens")
+            rows = compared.get((cell, measure)) or compared.get((cell, "tokens"), [])
             for number, arm in enumerate(plan.arms):
                 for row in (row for row in rows if row.arm == arm and row.mean < math.inf):
                     curves = [[loss for step, loss in run["curve"] if step] for run in row.runs]
                     steps = [step for step, _ in row.runs[0]["curve"] if step]
                     per_step = row.runs[0]["batch_tokens"] if measure == "tokens" else row.ms / 1e3
                     mean = [statistics.mean(values) for values in zip(*curves)]
-                    error = [statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in zip(*curves)]
+                    error = [standard_error(values) if len(values) > 1 else 0 for values in zip(*curves)]
                     where = [step * per_step for step in steps]
                     axis.plot(where, mean, color=f"C{number}", label=f"{arm} ({row.mean:.3f})", linewidth=1)
                     low, high = ([m + sign * e for m, e in zip(mean, error)] for sign in (-1, 1))
@@ -608,19 +579,12 @@ def figure(runner, path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def write(path, text):
-    temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def flops_per_token(config):
     with torch.device("meta"):
-        return achieved(GPT(config).flops_per_token())
+        return total_flops(GPT(config).flops_per_token())
 
 
-def achieved(flops):
+def total_flops(flops):
     """One number of what flops_per_token counts, the spline layers' work being their look-ups."""
     return sum(number for name, number in flops.items() if name != "kan_hat_gemm")
 
@@ -629,7 +593,7 @@ def dry_run(runner, cells):
     """Print the runs that are left and their hours. Where a step is not timed yet, its time is estimated from its flops
     and from some steps of the first cell's reference, which flatters small models."""
     plan, rate, total = runner.plan, None, 0.0
-    lines = [["cell", "arm", "runs left", "steps", "ms a step", "hours"]]
+    lines = []
     for cell in cells:
         ms = {}
         for arm, run in runner.timed(cell).items():
@@ -645,14 +609,13 @@ def dry_run(runner, cells):
             searched = runner.tries(cell, name)
             extra = runner.chosen(cell, name) or plan.tries(cell, name)[0]
             wanted = searched + [run for m in arm.equal for run in runner.compared(cell, name, m, extra, ms)]
-            # Before the search is made, one of its runs is counted twice: it will be the first seed's.
             left = {run.key: run for run in wanted if run.key not in runner.results["runs"]}.values()
             steps = [make_config(run.options).max_steps for run in left]
             hours = sum(steps) * ms[name] / 3.6e6
             total += hours
             span = f"{min(steps):,} to {max(steps):,}" if steps else ""
             lines.append([cell, name, len(steps), span, f"{ms[name]:.1f}", f"{hours:.2f}"])
-    print(table(lines))
+    print(markdown(["cell", "arm", "runs left", "steps", "ms a step", "hours"], lines))
     print(f"about {total:.1f} hours of training, evaluations not counted; nothing was trained")
 
 
@@ -660,7 +623,9 @@ def flops_per_ms(runner, cell):
     """What the reference achieves, in a few steps."""
     reference = runner.plan.reference
     turns, header = runner.take_turns({reference: runner.timed(cell)[reference]})
-    return achieved(header["flops_per_token"]) * header["config"]["batch_tokens"] / statistics.median(turns[reference])
+    return (
+        total_flops(header["flops_per_token"]) * header["config"]["batch_tokens"] / statistics.median(turns[reference])
+    )
 
 
 def interrupt(number, frame):
@@ -683,7 +648,9 @@ def main(arguments):
             return dry_run(runner, cells)
         for cell in cells:
             runner.make_cell(cell)
-            write(runner.path.with_suffix(".md"), report(runner))
+            compared = comparisons(runner)
+            text = report(runner, compared)
+            cli.write_text(runner.path.with_suffix(".md"), text)
     except KeyboardInterrupt:
         runner.stop()
         print(f"stopped; the same command goes on. What is finished is in {runner.path}", file=sys.stderr)
@@ -691,8 +658,8 @@ def main(arguments):
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    picture = figure(runner, runner.path.with_suffix(".png"))
-    print(report(runner))
+    picture = figure(plan, compared, runner.path.with_suffix(".png"))
+    print(text)
     print(f"{runner.path}, {runner.path.with_suffix('.md')}, {picture}")
 
 

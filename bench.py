@@ -27,7 +27,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -304,11 +303,15 @@ def number(x):
     return "-" if not math.isfinite(x) else f"{x:.3f}" if x < 1 else f"{x:.2f}" if x < 100 else f"{x:.0f}"
 
 
+def markdown(header, rows):
+    """A table in Markdown; floats are rounded by number()."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(number(x) if isinstance(x, float) else str(x) for x in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
 def table(header, rows):
-    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(number(x) if isinstance(x, float) else str(x) for x in row) + " |")
-    print(flush=True)
+    print("\n" + markdown(header, rows) + "\n", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -614,12 +617,8 @@ def main(arguments):
     for name in what or ["layers"]:
         report[name], more = modes.get(name, layers)(options)
         report.update(more)
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{os.getpid()}.{out.name}")
-    temporary.write_text(json.dumps(report, indent=1))
-    os.replace(temporary, out)
-    print(f"written to {out}")
+    cli.write_text(options.out, json.dumps(report, indent=1))
+    print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

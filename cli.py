@@ -15,6 +15,7 @@ from pathlib import Path
 import tyro
 
 WORDS = {"true": True, "false": False}
+NOT_FINITE = 3  # exit status by which ablate.py knows a run that diverged
 
 
 def nearest(name, known):
@@ -22,19 +23,29 @@ def nearest(name, known):
     return f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
 
 
-def read_toml(path, known):
-    """The options of a TOML file as command-line arguments, so that both are checked by the same parser."""
+def load_toml(path, what="configuration"):
+    """What is in a TOML file; ValueError if there is none, naming its neighbours, or if it is damaged."""
     try:
         with open(path, "rb") as file:
-            options = tomllib.load(file)
+            return tomllib.load(file)
     except FileNotFoundError:
         others = sorted(str(p) for p in Path(path).parent.glob("*.toml"))
-        raise ValueError(f"no configuration {path}; there are: {', '.join(others) or 'none in its folder'}") from None
+        raise ValueError(f"no {what} {path}; there are: {', '.join(others) or 'none in its folder'}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
-    for key in options:
-        if key not in known:
-            raise ValueError(f"{path}: unknown option {key}; {nearest(key, known)}")
+
+
+def check_names(names, known, where, what="option"):
+    """ValueError for the first of the names that is not known."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{where}: unknown {what} {name}; {nearest(name, known)}")
+
+
+def read_toml(path, known):
+    """The options of a TOML file as command-line arguments, so that both are checked by the same parser."""
+    options = load_toml(path)
+    check_names(options, known, path)
     return as_arguments(options)
 
 
@@ -89,8 +100,18 @@ def read_text(path):
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
+def write_text(path, text):
+    """Write a file whole or not at all, in a folder that is made if missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def run(main):
-    """Call main(sys.argv[1:]); a person's mistake ends in one line on standard error and exit status 1.
+    """Call main(sys.argv[1:]); a person's mistake ends in one line on standard error and exit status 1, a loss that is
+    not finite in the same and NOT_FINITE.
 
     SPLINEGPT_TRACEBACK=1 shows where it was raised, for whoever suspects the mistake is ours.
     """
@@ -99,9 +120,10 @@ def run(main):
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("SPLINEGPT_TRACEBACK"):
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(NOT_FINITE if isinstance(error, FloatingPointError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

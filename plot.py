@@ -189,10 +189,8 @@ def curves_figure(run, path, per_layer=6):
     for layer in layers.values():
         top = layer.edge_activity().flatten().topk(min(per_layer, layer.in_features * layer.out_features)).indices
         edges[layer] = [divmod(edge, layer.out_features) for edge in top.tolist()]
-    batches, wanted = (
-        [w[:, :-1] for w in validation_windows(info)],
-        {layer: [f for f, _ in pairs] for layer, pairs in edges.items()},
-    )
+    batches = [windows[:, :-1] for windows in validation_windows(info)]
+    wanted = {layer: [f for f, _ in pairs] for layer, pairs in edges.items()}
     inputs = watch_inputs(model, wanted, batches) if batches else {}
 
     shape, size, widths = (len(layers), per_layer + 1), (10.5, 1 + 1.4 * len(layers)), [1] * per_layer + [0.75]

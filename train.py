@@ -21,7 +21,6 @@ import json
 import math
 import platform
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -486,17 +485,11 @@ def _train(config, world, device):
     return {**record, "best_val_loss": best}
 
 
-DIVERGED = 3  # exit status of a run whose loss or gradient is not finite, which ablate.py wants to know
-
-
 def main(arguments):
     try:
         result = train(cli.parse(TrainConfig, arguments, toml=True))
     except torch.OutOfMemoryError as error:
         raise ValueError(str(error).splitlines()[0]) from None
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return DIVERGED
     return 128 + result["stopped_by"] if "stopped_by" in result else 0
 
 

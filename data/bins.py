@@ -19,19 +19,21 @@ from pathlib import Path
 
 import numpy as np
 
+from data import tokenizer
+
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val")
 
 
-def write(folder, tokenizer, pieces, source):
-    """Write a data set from an iterable of (split, text, ids), document by document.
+def write(folder, words, pieces, source):
+    """Write a data set from an iterable of (split, text, ids), document by document, words being their tokenizer.
 
     Nothing appears in the folder before all of it is written. Prints what was written and returns the metadata.
     Raises ValueError when a split would be empty.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    dtype = np.dtype("<u2" if words.vocab_size <= 2**16 else "<u4")
     digest, counts = hashlib.sha256(), dict.fromkeys(SPLITS, 0)
     partial = {split: folder / f"{split}.bin.{os.getpid()}.tmp" for split in SPLITS}
     try:
@@ -47,8 +49,8 @@ def write(folder, tokenizer, pieces, source):
                     f"no text for {split}.bin: the source is too small, or --val_fraction leaves it nothing"
                 )
         meta = {
-            "tokenizer": tokenizer.spec,
-            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": words.spec,
+            "vocab_size": words.vocab_size,
             "dtype": dtype.name,
             **{f"{split}_tokens": counts[split] for split in SPLITS},
             "source": source,
@@ -65,9 +67,19 @@ def write(folder, tokenizer, pieces, source):
             path.unlink(missing_ok=True)
     print(
         f"{folder}: {counts['train']:,} tokens to train on, {counts['val']:,} to validate, "
-        f"vocabulary {tokenizer.vocab_size:,} ({tokenizer.spec['kind']})"
+        f"vocabulary {words.vocab_size:,} ({words.spec['kind']})"
     )
     return meta
+
+
+def prepare(options, texts, source):
+    """Write the data set of a list of (split, text) with the tokenizer that the options ask for, in options.out.
+
+    A trained tokenizer learns from the training texts alone; characters have to know both splits.
+    """
+    known = [text for split, text in texts if split == "train" or options.tokenizer == "char"]
+    words = tokenizer.choose(options.tokenizer, known, options.vocab_size)
+    return write(options.out, words, ((split, text, words.encode(text)) for split, text in texts), source)
 
 
 class TokenData:

@@ -14,6 +14,7 @@ and with the least active share of edges, or as many at random, replaced by thei
 standard deviation over the same tokens.
 """
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import checkpoint
 import cli
 import plot
+from kan_layer import KANLayer
 from kan_parameterizations import hats, search
 
 SHARES = (0.25, 0.5, 0.75, 0.9)  # of edges that are pruned
@@ -74,16 +76,23 @@ def loss_of(model, batches):
     return total / sum(map(len, batches))
 
 
+@contextlib.contextmanager
+def restored(model):
+    """What is done to the model's parameters within is undone at the end."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.load_state_dict(before)
+
+
 def loss_with(model, tables, batches):
-    """The loss with other control points, {layer: (F, N, O)}; the model is left as it was."""
-    before = {layer: layer.kan_weight.detach().clone() for layer in tables}
-    for layer, table in tables.items():
-        layer.set_control_points(table)
-    loss = loss_of(model, batches)
-    with torch.no_grad():
-        for layer, weight in before.items():
-            layer.kan_weight.copy_(weight)
-    return loss
+    """The loss with other control points, {layer: (F, N, O)}."""
+    with restored(model):
+        for layer, table in tables.items():
+            layer.set_control_points(table)
+        return loss_of(model, batches)
 
 
 def pruned(layer, seen, drop):
@@ -94,7 +103,7 @@ def pruned(layer, seen, drop):
 def main(arguments):
     options = cli.parse(Options, arguments)
     model, _, info = checkpoint.load_model(options.run)
-    layers = {name: m for name, m in model.named_modules() if m in set(model.kan_layers())}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, KANLayer)}
     if not layers:
         raise ValueError(f"the model in {options.run} has no splines: its mlp is {model.config.mlp}")
     windows = plot.validation_windows(info)
@@ -115,14 +124,10 @@ def main(arguments):
     lines = loss_with(model, {layer: seen[layer]["lines"] for layer in seen}, windows)
     print(f"| every curve a straight line | {lines:.4f} |")
     if model.config.kan_gate:
-        gates = [module.c_gate for module in model.modules() if getattr(module, "c_gate", None) is not None]
-        before = [gate.weight.detach().clone() for gate in gates]
-        with torch.no_grad():
-            for gate in gates:
-                gate.weight.zero_()
+        with restored(model):
+            for block in model.transformer.h:
+                block.mlp.c_gate.weight.zero_()
             print(f"| gates at 1 | {loss_of(model, windows):.4f} |")
-            for gate, weight in zip(gates, before, strict=True):
-                gate.weight.copy_(weight)
     print("\n| edges pruned | least active | at random |\n|---|---|---|")
     generator = torch.Generator().manual_seed(options.seed)
     for share in SHARES:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cli
-from data import bins, tokenizer
+from data import bins
 
 PACKAGE = "debian-handbook"
 PAGES = "usr/share/doc/debian-handbook/html/en-US"
@@ -120,9 +120,7 @@ def read(source):
 def main(arguments):
     options = cli.parse(Options, arguments)
     texts = [("val" if zlib.crc32(name.encode()) % 10 == 0 else "train", text) for name, text in read(options.input)]
-    wanted = ("train", "val") if options.tokenizer == "char" else ("train",)
-    words = tokenizer.choose(options.tokenizer, [t for split, t in texts if split in wanted], options.vocab_size)
-    bins.write(options.out, words, ((split, text, words.encode(text)) for split, text in texts), PACKAGE)
+    bins.prepare(options, texts, PACKAGE)
 
 
 if __name__ == "__main__":

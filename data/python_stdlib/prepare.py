@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cli
-from data import bins, tokenizer
+from data import bins
 
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -45,10 +45,7 @@ def main(arguments):
     texts = [("val" if zlib.crc32(name.encode()) % 20 == 0 else "train", text + "\n\n") for name, text in sources(root)]
     if not texts:
         raise ValueError(f"no sources under {root}; this Python ships its library without them")
-    wanted = ("train", "val") if options.tokenizer == "char" else ("train",)
-    words = tokenizer.choose(options.tokenizer, [t for split, t in texts if split in wanted], options.vocab_size)
-    pieces = ((split, text, words.encode(text)) for split, text in texts)
-    bins.write(options.out, words, pieces, f"standard library of Python {platform.python_version()}")
+    bins.prepare(options, texts, f"standard library of Python {platform.python_version()}")
 
 
 if __name__ == "__main__":

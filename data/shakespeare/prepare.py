@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cli
-from data import bins, shakespeare, tokenizer
+from data import bins, shakespeare
 
 
 @dataclass
@@ -24,11 +24,8 @@ class Options:
 
 def main(arguments):
     options = cli.parse(Options, arguments)
-    parts = shakespeare.split(shakespeare.read(options.input, options.out))
-    texts = [part for split, part in parts if split == "train" or options.tokenizer == "char"]
-    words = tokenizer.choose(options.tokenizer, texts, options.vocab_size)
-    pieces = ((split, part, words.encode(part)) for split, part in parts)
-    bins.write(options.out, words, pieces, options.input or "tiny Shakespeare")
+    texts = shakespeare.split(shakespeare.read(options.input, options.out))
+    bins.prepare(options, texts, options.input or "tiny Shakespeare")
 
 
 if __name__ == "__main__":
