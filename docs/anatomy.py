@@ -56,7 +56,7 @@ def look(layer, x):
     visits, lines, variance, unexplained = torch.zeros(F, N - 1), torch.empty_like(table), 0.0, 0.0
     means, activity = torch.empty(F, 1, O, dtype=torch.float64), torch.empty(F, O, dtype=torch.float64)
     for f in range(F):
-        i, t = search(x[:, f : f + 1], knots)
+        i, t = search(x[:, f : f + 1].contiguous(), knots)
         visits[f] = torch.bincount(i.flatten(), minlength=N - 1)
         y = hats(i, t, N, torch.float64)[:, 0] @ table[f]  # (tokens, O)
         centred, deviation = x[:, f] - x[:, f].mean(), y - y.mean(0)
