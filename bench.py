@@ -8,6 +8,8 @@
     python bench.py --evaluations         every entry of kan_evaluations.py, eager and compiled, at N of --points and at
                                           768 tokens, 384 to 384, or else the first of --tokens and --features; 8
                                           minutes; --device=cuda for a GPU
+    python bench.py --cuda                a GPU, bfloat16: blocks of LayerNorm and layer, decoding, steps of gpt2_124m;
+                                          4 minutes by estimate, nobody has run it yet
 
 Prints Markdown tables and writes the same to --out as JSON. Times are milliseconds; only ratios of one run mean
 anything elsewhere: the machine's speed drifts, so a matrix product is timed in the same rounds and shares refer to it.
@@ -59,6 +61,7 @@ class Options:
     kan_benchmarking: bool = False
     evaluations: bool = False
     device: str = "cpu"  # of --evaluations, or "cuda"
+    cuda: bool = False
     out: str = "out/bench.json"
 
 
@@ -195,11 +198,11 @@ def now(device="cpu"):
 class Timer:
     """One contender at one shape: its forward and its forward with backward, whenever its turn comes."""
 
-    def __init__(self, module, inputs, outputs, tokens, input_gradient=True, device="cpu"):
+    def __init__(self, module, inputs, tokens, input_gradient=True, device="cpu"):
         count = max(1, min(64, 4096 // tokens // 8))
         self.xs = [torch.randn(tokens, inputs, device=device) for _ in range(count)]
         self.module, self.input_gradient, self.device = module, input_gradient, device
-        self.g = torch.randn(tokens, outputs, device=device)
+        self.g = torch.randn_like(module(self.xs[0]).detach())
         self.fwd = self.both = self.bwd = math.inf
         self.spent, self.turns = 0.0, 0
         self.forward(), self.forward_backward()  # compiles, allocates
@@ -253,9 +256,9 @@ class Timer:
 class Gemm:
     """The machine's rate for a matrix product, in the same turns."""
 
-    def __init__(self, device="cpu"):
-        self.a, self.b, self.out = torch.randn(3, 1024, 1024, device=device)
-        self.fwd, self.device = math.inf, device
+    def __init__(self, device="cpu", dtype=torch.float32, size=1024):
+        self.a, self.b, self.out = torch.randn(3, size, size, device=device, dtype=dtype)
+        self.fwd, self.device, self.size = math.inf, device, size
 
     def turn(self, seconds):
         start = now(self.device)
@@ -265,7 +268,7 @@ class Gemm:
 
     @property
     def flops(self):
-        return 2 * 1024**3 / self.fwd
+        return 2 * self.size**3 / self.fwd
 
 
 def take_turns(timers, seconds):
@@ -293,7 +296,7 @@ def measure(tokens, inputs, outputs, N, options):
     for name, make in chosen(tokens, inputs, outputs, N, options):
         if name == "MLP compiled" and tokens < 768:  # one call of the compiled code costs as much as the product
             continue
-        timers[name] = Timer(make(inputs, outputs, N), inputs, outputs, tokens)
+        timers[name] = Timer(make(inputs, outputs, N), inputs, tokens)
     gemm = Gemm()
     take_turns([*timers.values(), gemm], options.seconds)
     return timers, gemm
@@ -380,7 +383,7 @@ def timed(call):
 class Step:
     """A whole training step of a configuration: forward, backward, clipping, optimizer."""
 
-    def __init__(self, config_file, **changes):
+    def __init__(self, config_file, vocab_size=65, device="cpu", model=None, **changes):
         import train
         from model import GPT, GPTConfig
 
@@ -390,29 +393,37 @@ class Step:
         self.config = cli.parse(train.TrainConfig, arguments)
         shared = {f: getattr(self.config, f) for f in GPTConfig.__dataclass_fields__ if hasattr(self.config, f)}
         torch.manual_seed(0)
-        self.model = GPT(GPTConfig(**{**shared, "vocab_size": 65}))
-        self.optimizers = train.make_optimizers(self.model, self.config, torch.device("cpu"))
-        groups = self.model.parameter_groups()
+        ours = GPT(GPTConfig(**{**shared, "vocab_size": vocab_size}))
+        self.flops = sum(flops for part, flops in ours.flops_per_token().items() if part != "kan_lookup")
+        self.device, self.model = device, (model or ours).to(device)
+        self.fast = self.model if device == "cpu" else torch.compile(self.model)
+        if model is None:
+            self.optimizers = train.make_optimizers(ours, self.config, torch.device(device))
+            groups = ours.parameter_groups()
+        else:
+            self.optimizers = [torch.optim.AdamW(model.parameters(), lr=self.config.learning_rate, fused=True)]
+            groups = dict(tables=[], others=list(model.parameters()))
         self.tables, self.clip = groups.pop("tables"), train.clip
         self.others = sum(groups.values(), [])
         T = self.config.block_size
-        self.windows = torch.randint(65, (self.config.batch_tokens // T, T + 1))
+        self.windows = torch.randint(vocab_size, (self.config.batch_tokens // T, T + 1), device=device)
         self.parts = dict.fromkeys(("step", "forward", "backward", "optimizer"), math.inf)
         self.bytes = math.nan
         self.run()
-        self.bytes = added_memory(self.run)
+        self.bytes = added_memory(self.run, device)
 
     def run(self):
-        marks = [time.perf_counter()]
-        loss = self.model(self.windows[:, :-1], self.windows[:, 1:])[1]
-        marks.append(time.perf_counter())
+        marks = [now(self.device)]
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu"):
+            loss = self.fast(self.windows[:, :-1], self.windows[:, 1:])[1]
+        marks.append(now(self.device))
         loss.backward()
-        marks.append(time.perf_counter())
+        marks.append(now(self.device))
         self.clip(self.others, self.config.grad_clip), self.clip(self.tables, self.config.table_grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        marks.append(time.perf_counter())
+        marks.append(now(self.device))
         spans = [marks[-1] - marks[0], *(b - a for a, b in itertools.pairwise(marks))]
         self.parts = {name: min(old, new) for (name, old), new in zip(self.parts.items(), spans, strict=True)}
 
@@ -515,7 +526,7 @@ def kan_benchmarking(options):
         net = MLP(1000, 10_000, 1) if "MLP" in name else nn.Sequential(make(1000, 1000, 10), make(1000, 1, 10))
         net = compiled(net) if name == "MLP compiled" else net
         total[name] = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        timers[name] = Timer(net, 1000, 1, 100, input_gradient=False)
+        timers[name] = Timer(net, 1000, 100, input_gradient=False)
     gemm = Gemm()
     take_turns([*timers.values(), gemm], 5 * options.seconds)
     print(f"KAN-benchmarking: batch 100, 1000 -> 1000 -> 1; matrix product {gemm.flops / 1e9:.0f} GFLOP/s")
@@ -576,7 +587,7 @@ def evaluations(options):
             for compiled in (False, True)[: 1 if name in NOT_COMPILED else 2]:
                 call = torch.compile(f, fullgraph=True, dynamic=False) if compiled else f
                 try:
-                    timers[name, compiled] = Timer(Evaluation(call, weight), C, C, B, device=options.device)
+                    timers[name, compiled] = Timer(Evaluation(call, weight), C, B, device=options.device)
                 except Exception as error:  # another device or PyTorch may lack an operator: the others go on
                     print(f"{name}{', compiled' * compiled}: left out, {str(error).splitlines()[0][:100]}")
         gemm = Gemm(options.device)
@@ -597,6 +608,134 @@ def evaluations(options):
     return records, {}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# A GPU. Nobody has run this yet.
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # flop/s in dense bfloat16, by data sheet
+
+
+def bag(inputs, outputs, N):
+    return KANLayer(inputs, outputs, num_control_points=N, impl="embedding_bag")
+
+
+BLOCKS = {name: CONTENDERS[name.removesuffix(" compiled")][1] for name in ("splinegpt", "splinegpt compiled", "MLP")}
+BLOCKS |= {"MLP compiled": BLOCKS["MLP"], "embedding_bag": bag}
+BLOCKS |= {name: CONTENDERS[name][1] for name in CONTENDERS if name.startswith("kanditioned")}
+BLOCKS |= {f"{name} compiled": make for name, make in BLOCKS.items() if name.startswith("kanditioned")}
+
+
+class Autocast(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        with torch.autocast("cuda", torch.bfloat16):
+            return self.module(x)
+
+
+def blocks_on_cuda(options, until):
+    """LayerNorm and layer, 16,384 tokens, forward and backward under autocast, as in training."""
+    records, gemm = [], Gemm("cuda", torch.bfloat16, 8192)
+    # What the goals are about comes first, in case that the time is used up.
+    for N in sorted(options.points, key=lambda N: (N not in (8, 32), N)):
+        for C in options.features:
+            if time.perf_counter() > until:
+                print(f"left out, since the time is used up: {C} to {C}, N = {N}")
+                continue
+            torch._dynamo.reset()
+            timers = {}
+            for name, make in BLOCKS.items():
+                if not name.startswith(("splinegpt", "MLP")) and (N > 8 or C > 1024):  # seconds a step
+                    continue
+                try:
+                    with torch.device("cuda"):
+                        module = Autocast(nn.Sequential(nn.LayerNorm(C), make(C, C, N)))
+                    module = torch.compile(module) if name.endswith("compiled") else module
+                    timers[name] = Timer(module, C, 16384, device="cuda")
+                except Exception as error:  # theirs may want float32, or more memory than there is
+                    print(f"{name}: left out, {str(error).splitlines()[0][:100]}")
+                    torch.cuda.empty_cache()
+            take_turns([*timers.values(), gemm], options.seconds / 4)
+            mlp = min(t.both for name, t in timers.items() if name.startswith("MLP"))
+            work = 6 * 16384 * N * C * C / gemm.flops
+            rows = []
+            for name, t in timers.items():
+                rows.append((name, t.fwd * 1e3, t.both * 1e3, t.both / mlp, work / t.both, t.bytes / 1e6))
+                records.append(dict(name=name, C=C, N=N, fwd=t.fwd, fwd_bwd=t.both, bytes=t.bytes))
+            print(f"16,384 tokens, {C} to {C}, N = {N}; matrix product {gemm.flops / 1e12:.0f} TFLOP/s")
+            table(("", "fwd", "fwd+bwd", "times the MLP", "share of its rate", "MB"), rows)
+    return records
+
+
+def decoding_on_cuda(options):
+    """A few tokens through 16 layers in bfloat16, as one CUDA graph: the kernels, without Python and launches."""
+    records, rows = [], []
+    for C in options.features:
+        for N in (8, 32):
+            for tokens in (1, 4, 16):
+                times = {}
+                for name in ("splinegpt", "MLP"):
+                    with torch.inference_mode(), torch.device("cuda"):
+                        stack = nn.Sequential(*(BLOCKS[name](C, C, N) for _ in range(16))).bfloat16()
+                        x = torch.randn(tokens, C, dtype=torch.bfloat16)
+                        stack(x), stack(x)
+                        torch.cuda.synchronize()
+                        graph = torch.cuda.CUDAGraph()
+                        with torch.cuda.graph(graph):
+                            stack(x)
+                        best = math.inf
+                        for _ in range(50):
+                            start = now("cuda")
+                            for _ in range(10):
+                                graph.replay()
+                            best = min(best, (now("cuda") - start) / 160)
+                    times[name] = best
+                    records.append(dict(name=name, C=C, N=N, tokens=tokens, seconds=best))
+                rows.append((C, N, tokens, *(t * 1e6 for t in times.values()), times["MLP"] / times["splinegpt"]))
+    print("Decoding, microseconds a layer")
+    table(("C", "N", "tokens", "splinegpt", "MLP", "times faster"), rows)
+    return records
+
+
+def steps_on_cuda(options):
+    """Training steps of gpt2_124m: 16 sequences of 1,024 tokens."""
+    name = torch.cuda.get_device_name()
+    peak = next((flops for key, flops in PEAK.items() if key in name), math.nan)
+    common = dict(vocab_size=50257, device="cuda", batch_tokens=16384)
+    steps = {
+        "KAN, N = 8": Step("gpt2_124m_kan.toml", **common),
+        "KAN, whitened, gate, N = 7": Step(
+            "gpt2_124m_kan.toml", kan_control_points=7, kan_gate=True, kan_parameterization="whitened", **common
+        ),
+        "gelu MLP": Step("gpt2_124m_mlp.toml", **common),
+    }
+    if options.nanogpt:
+        size = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
+        steps["nanoGPT"] = Step("gpt2_124m_mlp.toml", model=nanogpt(options.nanogpt, size).train(), **common)
+    for _ in range(20):
+        for step in steps.values():
+            step.run()
+    base, rows, records = steps.get("nanoGPT", steps["gelu MLP"]).parts["step"], [], []
+    for label, step in steps.items():
+        seconds, parts = step.parts["step"], [part * 1e3 for part in step.parts.values()]
+        use = 16384 * step.flops / seconds / peak
+        rows.append((label, *parts, 16384 / seconds, base / seconds, use, step.bytes / 1e6))
+        records.append(dict(name=label, **step.parts, bytes=step.bytes, flops_per_token=step.flops))
+    print(f"A training step of gpt2_124m, 16,384 tokens, {name}")
+    base = "nanoGPT" if options.nanogpt else "gelu"
+    table(("", "step", "forward", "backward", "clip + AdamW", "tokens/s", f"times {base}", "MFU", "MB"), rows)
+    return records
+
+
+def cuda(options):
+    torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # all blocks go through one forward, with and without gradients
+    start = time.perf_counter()
+    more = dict(decoding=decoding_on_cuda(options), steps=steps_on_cuda(options))
+    return blocks_on_cuda(options, start + 200), dict(more, device=torch.cuda.get_device_name())
+
+
 def main(arguments):
     options = cli.parse(Options, arguments)
     if min(options.features + options.tokens) < 1 or min(options.points) < 2:
@@ -605,13 +744,17 @@ def main(arguments):
         raise ValueError(f"no nanoGPT in {options.nanogpt}: it has no model.py; clone github.com/karpathy/nanoGPT")
     if options.device != "cpu" and not (options.device == "cuda" and options.evaluations and torch.cuda.is_available()):
         raise ValueError(f"device is cpu, or with --evaluations cuda where there is a GPU, got {options.device!r}")
+    if options.cuda and not torch.cuda.is_available():
+        raise ValueError("--cuda needs a GPU, and PyTorch finds none here; leave it out")
     warnings.filterwarnings("ignore")  # what other libraries have to say about themselves
     kernels = torch.ops.splinegpt_cpu.instruction_set() if kan_kernels.available() else "no kernels"
     machine = dict(
         kernels=kernels, threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version()
     )
     print(f"{kernels}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}", flush=True)
-    modes = dict(against_n=against_n, model=models, kan_benchmarking=kan_benchmarking, evaluations=evaluations)
+    modes = dict(
+        against_n=against_n, model=models, kan_benchmarking=kan_benchmarking, evaluations=evaluations, cuda=cuda
+    )
     what = [name for name in modes if getattr(options, name)]
     report = dict(machine, started=time.strftime("%Y-%m-%d %H:%M"), arguments=arguments)
     for name in what or ["layers"]:

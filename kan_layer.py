@@ -21,7 +21,8 @@ Control points are values of the curve at its knots, in the units of x: a curve 
 The same sum can be read as a look-up (two rows of C per feature, a cost independent of N) or as a matrix product
 A @ C, where row A[b] holds the N hat functions of each feature, two of them non-zero ("hat GEMM": N/2 times the
 flops of the look-up, but at the speed of a matrix product). Both are below; impl="auto" chooses. On a CPU it chooses
-the look-up as compiled C++, kan_kernels/spline.cpp, wherever a compiler is at hand.
+the look-up as compiled C++, kan_kernels/spline.cpp, wherever a compiler is at hand; on a GPU the matrix product whose A
+is never in memory, kan_kernels/gpu.py.
 
 The table may be derived from other parameters (kan_parameterizations.py), the knots may be anywhere (warp), both before
 any of this begins; kan_evaluations.py shows a dozen further ways to evaluate.
@@ -89,7 +90,7 @@ def two_rows(i, t, num_control_points):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Five ways to evaluate the layer. Each takes x (B, F) in float32 or better, the table (F, N, O), the width and the
+# Ways to evaluate the layer. Each takes x (B, F) in float32 or better, the table (F, N, O), the width and the
 # dtype to multiply in, and returns y (B, O) in it: control points and weights are rounded to it, positions are not.
 
 MAX_LOOKUPS = 2**26 - 1  # ATen's CUDA kernel numbers its threads, 32 to a look-up, in int32: more would wrap around
@@ -111,6 +112,21 @@ def cpp(x, table, spline_width, dtype):
     elif table.dtype != torch.bfloat16:
         table = table.float()
     return kan_kernels.spline(x, table, spline_width, rounded).to(dtype)
+
+
+FEW = 16  # tokens that a GPU is quicker to look up for than to multiply for [estimated, design.md]
+
+
+def triton(x, table, spline_width, dtype):
+    """The hat GEMM in Triton, for GPUs (kan_kernels/gpu.py); without a gradient and for few tokens the look-up.
+
+    Saves only x. Sums are in float32; float32 products are in TF32 if PyTorch's own are.
+    """
+    if torch.float64 in (x.dtype, dtype):
+        raise ValueError(f"impl='triton' computes in float32 at most, got x in {x.dtype}; use impl='dense' or 'auto'")
+    tf32 = x.is_cuda and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    few = x.shape[0] <= FEW and not wants_gradient(x, table)
+    return torch.ops.splinegpt_gpu.spline(x, table, spline_width, dtype, tf32, few)
 
 
 def embedding_bag(x, table, spline_width, dtype):
@@ -325,10 +341,10 @@ class HatMatmul(torch.autograd.Function):
         return grad_x, None if grad_table is None else grad_table.view_as(table).to(table.dtype), None, None
 
 
-IMPLS = {"cpp": cpp, "embedding_bag": embedding_bag, "embedding": embedding, "csr": csr, "dense": dense}
+IMPLS = dict(cpp=cpp, triton=triton, embedding_bag=embedding_bag, embedding=embedding, csr=csr, dense=dense)
 
 
-def choose_impl(device_type, num_control_points, tokens, training):
+def choose_impl(device_type, num_control_points, tokens, training, dtype=torch.float32):
     """What impl="auto" means.
 
     CPU, measured (2 cores with AVX-512, torch 2.13, ms, forward and backward, 384 to 384; DIARY.md has the rest):
@@ -342,10 +358,14 @@ def choose_impl(device_type, num_control_points, tokens, training):
     So cpp, and where it can't be compiled the best of the others: in training dense for small N, then csr (which needs
     MKL; PyTorch for x86 brings it) or embedding_bag; without a backward embedding_bag.
 
-    Elsewhere, estimated from an H100's bandwidth and flops, not measured: dense until its flops outgrow the look-up's
-    traffic at N of about 128, unless so few tokens come that reading the whole table is the larger cost.
+    CUDA, estimated from an H100's bandwidth and flops, not measured: triton until its flops outgrow the look-up's
+    traffic at N of about 128, and for few tokens, where it looks up; then embedding_bag. Where there is no Triton, and
+    for float64, dense, unless so few tokens come that reading the whole table is the larger cost.
     """
     N = num_control_points
+    few = tokens <= FEW and not training
+    if device_type == "cuda" and dtype != torch.float64 and (N <= 128 or few) and kan_kernels.gpu_available():
+        return "triton"
     if device_type != "cpu":
         return "dense" if N <= 128 and (training or tokens >= N) else "embedding_bag"
     if kan_kernels.available():
@@ -391,7 +411,7 @@ class KANLayer(nn.Module):
         num_control_points: knots per curve, N >= 2. Parameters: in_features * N * out_features.
         spline_width: the curves' domain is [-spline_width / 2, spline_width / 2], in the units of x; outside, the end
             pieces go on as straight lines. Put a LayerNorm in front: 4.0 then holds 95% of a normal input.
-        impl: "cpp", "embedding_bag", "dense", "csr", "embedding", or "auto" (see choose_impl).
+        impl: "cpp", "triton", "embedding_bag", "dense", "csr", "embedding", or "auto" (see choose_impl).
         parameterization: what kan_weight holds: "bspline", the control points, or the coordinates of
             kan_parameterizations.py, from which they are derived once a forward.
         smoothness, density: of "dct_scaled" and the "whitened" ones, see there; None is 100 * ((N - 1) / 31)^4 and
@@ -409,7 +429,8 @@ class KANLayer(nn.Module):
     NaN and infinite inputs make all outputs of their own token NaN or infinite, and no other token's.
     Raises ValueError for a wrong last dimension, a non-floating input, N < 2, a width that is not positive and finite,
         an unknown init, impl, parameterization or density, knots that do not increase, impl "cpp" off the CPU or
-        without a compiler, sparse_grad with another impl than embedding_bag or another parameterization than bspline.
+        without a compiler, "triton" without a GPU or Triton or in float64, sparse_grad with another impl than
+        embedding_bag or another parameterization than bspline.
     """
 
     def __init__(
@@ -640,9 +661,14 @@ class KANLayer(nn.Module):
         impl = "embedding_bag" if self.sparse_grad else self.impl
         if impl == "auto":
             training = wants_gradient(x, self.kan_weight)
-            impl = choose_impl(device, self.num_control_points, x.numel() // self.in_features, training)
+            tokens = x.numel() // self.in_features
+            impl = choose_impl(
+                device, self.num_control_points, tokens, training, torch.promote_types(x.dtype, out_dtype)
+            )
         elif impl == "cpp" and (device != "cpu" or not kan_kernels.available()):
             raise ValueError(f"impl='cpp' needs a CPU and a C++ compiler, got {x.device}; use impl='auto'")
+        elif impl == "triton" and not kan_kernels.gpu_available():
+            raise ValueError(f"impl='triton' can't be used: {kan_kernels.load_gpu()}; use impl='auto'")
 
         # Half precision is for matrix units and bandwidth that CPUs mostly lack; there the sum is made in float32.
         dtype = out_dtype

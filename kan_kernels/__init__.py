@@ -1,9 +1,9 @@
-"""The spline layer's compiled kernels. For now one pair, for CPUs: spline.cpp, built where it runs.
+"""The spline layer's own kernels: spline.cpp for CPUs, here, and gpu.py, in Triton, for CUDA.
 
-Built on first use (about 20 seconds, once) or ahead of it with `python -m kan_kernels`, and kept in
-$SPLINEGPT_CACHE, by default ~/.cache/splinegpt, under a name that changes with the source, the compiler, the CPU and
-PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX names. $SPLINEGPT_MARCH is the compiler's
--march, if it should be another than native (x86-64-v3: any CPU with AVX2).
+spline.cpp is built where it runs, on first use (about 20 seconds, once) or ahead of it with `python -m kan_kernels`,
+and kept in $SPLINEGPT_CACHE, by default ~/.cache/splinegpt, under a name that changes with the source, the compiler,
+the CPU and PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX names. $SPLINEGPT_MARCH is the
+compiler's -march, if it should be another than native (x86-64-v3: any CPU with AVX2).
 
     spline(x, table, spline_width, rounded=False) -> y
 
@@ -15,6 +15,7 @@ that positions t are rounded to bfloat16 too, which makes a few tokens 1.4 times
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shlex
@@ -151,8 +152,10 @@ def load():
 
 
 @functools.cache
-def warn_once(reason):
-    warnings.warn(f"the spline layer's fast CPU kernels are not used, PyTorch's operators are: {reason}", stacklevel=2)
+def warn_once(reason, where="CPU"):
+    warnings.warn(
+        f"the spline layer's fast {where} kernels are not used, PyTorch's operators are: {reason}", stacklevel=2
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -161,6 +164,30 @@ def available():
     reason = load()
     if reason is not None:
         warn_once(reason)
+    return reason is None
+
+
+@functools.cache
+def load_gpu():
+    """Load the Triton kernels; returns None, or the reason why there are none as a string. Never raises."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    gpu = importlib.import_module("kan_kernels.gpu")
+    if gpu.INTERPRETED.value:
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def gpu_available():
+    """Whether the Triton kernels can be used here; if not, says why, once."""
+    reason = load_gpu()
+    if reason is not None:
+        warn_once(reason, "GPU")
     return reason is None
 
 

@@ -1,0 +1,193 @@
+"""The GPU kernels' code, on a machine without a GPU: compile every tile that may be chosen, and look at what came out.
+
+    python -m kan_kernels.aot              sm_80 (A100), sm_90 (H100, H200), sm_100 (B200): 2 minutes on 2 cores
+    python -m kan_kernels.aot --sm 90      one of them
+
+It exits with 1 if a kernel spills registers or touches local memory, does not fit a device's shared memory, came out as
+a trap, or multiplies in its innermost loop without tensor cores (those of full float32 are meant to). Columns:
+
+    regs, shared   registers a thread and KiB of shared memory a block; warps: of how many a multiprocessor holds
+    tensor         tensor-core instructions in loops: mma.sync, wgmma or tcgen05.mma
+    KiB, Mflop     what one step of a block reads and multiplies; flop/B: the ratio. An H100's L2 wants about 180
+
+Then the time that no kernel of its kind can beat on an H100 and an H200, by their data sheets.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kan_kernels import gpu
+from kan_kernels.gpu import FULL, HALF, TF32
+
+SHARED = {80: 163, 90: 227, 100: 227}  # KiB a block may have; the system takes 1 more from what the multiprocessor has
+TENSOR_CORES = {80: r"\bmma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
+KNOTS = 8  # N
+BYTES = {HALF: 2, TF32: 4, FULL: 4}
+POINTERS = {"x": "fp32", "sums": "fp32"}  # the others are of the products' dtype
+DEVICES = {"H100": (989, 3.35), "H200": (989, 4.8)}  # dense bfloat16 Tflop/s, TB/s
+
+
+@dataclass
+class Built:
+    """One kernel as compiled for one device, and what is wrong with it."""
+
+    kernel: str
+    kind: str
+    sm: int
+    tile: str
+    registers: int
+    shared: float
+    warps: int
+    tensor: int
+    kilobytes: float
+    megaflops: float
+    wrong: list[str]
+
+
+def everything(sms):
+    """(kernel's name, kind, sm, number among the choices), of all that may run."""
+    for sm in sms:
+        for kernel, kind in gpu.CHOICES:
+            for number in range(len(gpu.choices(kernel, kind, sm // 10, KNOTS))):
+                yield kernel.fn.__name__, kind, sm, number
+        yield "look_up_kernel", HALF, sm, 0
+
+
+def build(name, kind, sm, number):
+    kernel = getattr(gpu, name)
+    if name == "look_up_kernel":
+        tile, options = dict(gpu.LOOK_UP), dict(num_warps=4)
+    else:
+        chosen = gpu.choices(kernel, kind, sm // 10, KNOTS)[number]
+        tile, options = chosen.kwargs, dict(num_warps=chosen.num_warps, num_stages=chosen.num_stages)
+    constants = {**tile, "N": KNOTS, "TF32": kind == TF32}
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    product = "bf16" if kind == HALF else "fp32"
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in ("x", "table", "y", "g", "slopes", "out"):
+            gradient = argument == "x" or argument == "out"
+            signature[argument] = "*fp32" if gradient else f"*{product}"
+        else:
+            signature[argument] = "fp32" if argument in ("half", "scale") else "i32"
+    # As at run time: addresses, and sizes that are multiples of 16, are known to be aligned.
+    aligned = [k for k, t in enumerate(signature.values()) if t[0] == "*" or kernel.arg_names[k] in ("F", "O")]
+    attributes = {(k,): [["tt.divisibility", 16]] for k in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    return inspect(name, kind, sm, tile, options["num_warps"], compiled)
+
+
+def inspect(name, kind, sm, tile, warps, compiled):
+    resources, code = disassemble(compiled.asm["cubin"])
+    tensor = in_loops(compiled.asm["ptx"], TENSOR_CORES[sm])
+    shared, wrong = compiled.metadata.shared / 1024, []
+    if resources["STACK"] or resources["LOCAL"] or re.search(r"\b(LDL|STL)\b", code):
+        wrong.append("spills")
+    if shared > SHARED[sm]:
+        wrong.append(f"{shared:.0f} KiB shared")
+    if resources["REG"] < 16:
+        wrong.append("nothing but a trap")
+    if name != "look_up_kernel" and kind != FULL and not tensor:
+        wrong.append("no tensor cores")
+    blocks = min(65536 // (max(resources["REG"], 1) * 32 * warps), int((SHARED[sm] + 1) // (shared + 1)), 64 // warps)
+    kilobytes, megaflops = step(name, kind, tile)
+    text = " ".join(f"{k}={v}" for k, v in tile.items())
+    kernel = name.removesuffix("_kernel")
+    return Built(kernel, kind, sm, text, resources["REG"], shared, blocks * warps, tensor, kilobytes, megaflops, wrong)
+
+
+def disassemble(cubin):
+    """({REG, STACK, LOCAL, ...: number}, SASS)"""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        texts = [
+            subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        ]
+    return {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", texts[0])}, texts[1]
+
+
+def in_loops(ptx, pattern):
+    """How many instructions like this stand between a label and a branch back to it."""
+    lines, labels, inside = ptx.splitlines(), {}, set()
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\$\w+):", line):
+            labels[label[1]] = number
+        elif (branch := re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)) and branch[1] in labels:
+            inside.update(range(labels[branch[1]], number))
+    return sum(bool(re.search(pattern, lines[number])) for number in inside)
+
+
+def step(name, kind, tile):
+    """(KiB read, Mflop) of one turn of a block's loop."""
+    size, knots = BYTES[kind], tile.get("KNOTS", 1)
+    if name == "forward_kernel":
+        read = tile["BM"] * tile["BF"] * 4 + knots * tile["BF"] * tile["BN"] * size
+        flops = 2 * tile["BM"] * tile["BN"] * tile["BF"] * knots
+    elif name == "table_gradient_kernel":
+        read = tile["BF"] * tile["BK"] * 4 + tile["BK"] * tile["BN"] * size
+        flops = 2 * tile["BF"] * tile["BN"] * tile["BK"] * knots
+    elif name == "input_gradient_kernel":
+        read = (tile["BM"] + tile["BF"]) * tile["BK"] * size
+        flops = 2 * tile["BM"] * tile["BF"] * tile["BK"]
+    else:
+        read, flops = 2 * tile["BF"] * tile["BN"] * size, 4 * tile["BF"] * tile["BN"]
+    return read / 1024, flops / 1e6
+
+
+def bounds(B, C, N):
+    """{kernel: (flops, bytes)} that a layer from C to C can't do without, in bfloat16."""
+    x, y, table = 4 * B * C, 2 * B * C, 2 * C * N * C
+    return {
+        "forward": (2 * B * N * C * C, x + y + table),
+        "table_gradient": (2 * B * N * C * C, x + y + 2 * table),
+        "input_gradient": (2 * B * (N - 1) * C * C, 2 * x + y + table),
+        "look_up": (4 * B * C * C, B * (4 * C * C + x / B + y / B)),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m kan_kernels.aot", description="Compile the GPU kernels, look at them"
+    )
+    parser.add_argument("--sm", type=int, nargs="*", choices=list(SHARED), default=list(SHARED))
+    todo = list(everything(parser.parse_args().sm))
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(build, *zip(*todo, strict=True)))
+    print(f"Triton {triton.__version__}, N = {KNOTS}")
+    head = "kernel products sm tile regs shared warps tensor KiB Mflop flop/B".split()
+    form = "{:15} {:8} {:>3}  {:30} {:>4} {:>6} {:>5} {:>6} {:>6} {:>6} {:>6}  {}"
+    print(form.format(*head, ""))
+    for r in results:
+        ratio = r.megaflops * 1e6 / (r.kilobytes * 1024)
+        numbers = r.registers, f"{r.shared:.0f}", r.warps, r.tensor, f"{r.kilobytes:.0f}", f"{r.megaflops:.2f}"
+        print(form.format(r.kernel, r.kind, r.sm, r.tile, *numbers, f"{ratio:.0f}", ", ".join(r.wrong)))
+    print("\nmicroseconds that can't be beaten, bfloat16, N = 8 (flops or memory, whichever takes longer)")
+    for B, C in ((16384, 768), (16384, 2048), (1, 768), (1, 2048)):
+        for name, (flops, bytes_) in bounds(B, C, KNOTS).items():
+            if (B == 1) == (name == "look_up"):
+                times = [f"{d} {max(flops / (t * 1e6), bytes_ / (b * 1e6)):8.2f}" for d, (t, b) in DEVICES.items()]
+                print(f"{B:6} tokens, {C:4} to {C:4}, {name:15} {'   '.join(times)}")
+    wrong = [r for r in results if r.wrong]
+    print(f"\n{len(results)} kernels, {len(wrong)} with something wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
