@@ -8,9 +8,11 @@ a trap, or multiplies in its innermost loop without tensor cores (those of full 
 
     regs, shared   registers a thread and KiB of shared memory a block; warps: of how many a multiprocessor holds
     tensor         tensor-core instructions in loops: mma.sync, wgmma or tcgen05.mma
-    KiB, Mflop     what one step of a block reads and multiplies; flop/B: the ratio. An H100's L2 wants about 180
+    KiB, Mflop     what one step of a block's inner loop reads and multiplies; flop/B: the ratio
+    mma, issue     cycles that the step takes the tensor cores, and the schedulers to issue its instructions
 
-Then the time that no kernel of its kind can beat on an H100 and an H200, by their data sheets.
+The last two are where hats show: a step in which issue is the larger can't keep the tensor cores busy. At the end, the
+time that no kernel of its kind can beat on an H100 and an H200, by their data sheets.
 """
 
 import argparse
@@ -33,6 +35,8 @@ from kan_kernels.gpu import FULL, HALF, TF32
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB a block may have; the system takes 1 more from what the multiprocessor has
 TENSOR_CORES = {80: r"\bmma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 KNOTS = 8  # N
+FLOPS = {80: 2048, 90: 4096, 100: 8192}  # a cycle and multiprocessor, half precision on tensor cores
+SCHEDULERS = 4  # of a multiprocessor, an instruction of a warp each cycle
 BYTES = {HALF: 2, TF32: 4, FULL: 4}
 POINTERS = {"x": "fp32", "sums": "fp32"}  # the others are of the products' dtype
 DEVICES = {"H100": (989, 3.35), "H200": (989, 4.8)}  # dense bfloat16 Tflop/s, TB/s
@@ -52,6 +56,7 @@ class Built:
     tensor: int
     kilobytes: float
     megaflops: float
+    issue: float
     wrong: list[str]
 
 
@@ -82,7 +87,7 @@ def build(name, kind, sm, number):
             gradient = argument == "x" or argument == "out"
             signature[argument] = "*fp32" if gradient else f"*{product}"
         else:
-            signature[argument] = "fp32" if argument in ("half", "scale") else "i32"
+            signature[argument] = "fp32" if argument == "scale" else "i32"
     # As at run time: addresses, and sizes that are multiples of 16, are known to be aligned.
     aligned = [k for k, t in enumerate(signature.values()) if t[0] == "*" or kernel.arg_names[k] in ("F", "O")]
     attributes = {(k,): [["tt.divisibility", 16]] for k in aligned}
@@ -107,7 +112,9 @@ def inspect(name, kind, sm, tile, warps, compiled):
     kilobytes, megaflops = step(name, kind, tile)
     text = " ".join(f"{k}={v}" for k, v in tile.items())
     kernel = name.removesuffix("_kernel")
-    return Built(kernel, kind, sm, text, resources["REG"], shared, blocks * warps, tensor, kilobytes, megaflops, wrong)
+    issue = instructions(code) * warps / SCHEDULERS
+    numbers = resources["REG"], shared, blocks * warps, tensor, kilobytes, megaflops, issue
+    return Built(kernel, kind, sm, text, *numbers, wrong)
 
 
 def disassemble(cubin):
@@ -132,6 +139,19 @@ def in_loops(ptx, pattern):
         elif (branch := re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)) and branch[1] in labels:
             inside.update(range(labels[branch[1]], number))
     return sum(bool(re.search(pattern, lines[number])) for number in inside)
+
+
+def instructions(code):
+    """How many machine instructions the smallest loop has that multiplies: there may be another over end pieces."""
+    lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+    found = []
+    for at, what in lines:
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", what)
+        if branch and int(branch[1], 16) < at:
+            body = [text for where, text in lines if int(branch[1], 16) <= where <= at]
+            if any(re.search(r"MMA|FFMA", text) for text in body):
+                found.append(len(body))
+    return min(found, default=0)
 
 
 def step(name, kind, tile):
@@ -171,13 +191,15 @@ def main():
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(build, *zip(*todo, strict=True)))
     print(f"Triton {triton.__version__}, N = {KNOTS}")
-    head = "kernel products sm tile regs shared warps tensor KiB Mflop flop/B".split()
-    form = "{:15} {:8} {:>3}  {:30} {:>4} {:>6} {:>5} {:>6} {:>6} {:>6} {:>6}  {}"
+    head = "kernel products sm tile regs shared warps tensor KiB Mflop flop/B mma issue".split()
+    form = "{:14} {:8} {:>3}  {:29} {:>4} {:>6} {:>5} {:>6} {:>3} {:>5} {:>6} {:>5} {:>5}  {}"
     print(form.format(*head, ""))
     for r in results:
         ratio = r.megaflops * 1e6 / (r.kilobytes * 1024)
         numbers = r.registers, f"{r.shared:.0f}", r.warps, r.tensor, f"{r.kilobytes:.0f}", f"{r.megaflops:.2f}"
-        print(form.format(r.kernel, r.kind, r.sm, r.tile, *numbers, f"{ratio:.0f}", ", ".join(r.wrong)))
+        mma = f"{r.megaflops * 1e6 / FLOPS[r.sm]:.0f}" if r.kind == HALF and r.tensor else "-"
+        cycles = f"{ratio:.0f}", mma, f"{r.issue:.0f}"
+        print(form.format(r.kernel, r.kind, r.sm, r.tile, *numbers, *cycles, ", ".join(r.wrong)))
     print("\nmicroseconds that can't be beaten, bfloat16, N = 8 (flops or memory, whichever takes longer)")
     for B, C in ((16384, 768), (16384, 2048), (1, 768), (1, 2048)):
         for name, (flops, bytes_) in bounds(B, C, KNOTS).items():

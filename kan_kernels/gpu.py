@@ -11,7 +11,7 @@ parameters.
                                    S[f, n] = C[f, n + 1] - C[f, n]             it keeps what lies in its interval, i = n
     look_up         y[b, o]      = sum_f (1 - t) C[f, i, o] + t C[f, i + 1, o] 1 to 16 tokens, features shared out
 
-    u = (x + half) * scale       position in knots, float32; half = spline_width / 2, scale = (N - 1) / spline_width
+    u = x * scale + (N - 1) / 2  position in knots, float32; scale = (N - 1) / spline_width
 
 Knots are a loop, not a dimension of a tile: N may be any number, and hat n at all positions of a tile is six operations
 with numbers that are in registers already. Nothing is added atomically: results are the same every time. Saved is x.
@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels. All matrices are contiguous. Addresses are 64 bits: tables of more than 2^31 numbers exist. bucket is there
@@ -42,22 +43,32 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def hat(u, n, N: tl.constexpr):
-    """Hat n at positions u. The first and the last piece go on beyond the domain, as 1 - t and t do. NaN stays NaN."""
+def hat(x, n, scale, N: tl.constexpr):
+    """Hat n at x. The first and the last piece go on beyond the domain, as 1 - t and t do. NaN stays NaN."""
     inf = float("inf")
-    d = u - n
+    rising, falling = x * scale + ((N + 1) / 2 - n), -x * scale + ((3 - N) / 2 + n)
     # Each side is cut off at 0, but not at the other end of an end piece; what has no such side gets infinity.
-    left = tl.where(n == 0, inf, tl.where(n == 1, -inf, 0.0))
-    right = tl.where(n == N - 1, inf, tl.where(n == N - 2, -inf, 0.0))
-    rising = tl.maximum(1 + d, left, propagate_nan=tl.PropagateNan.ALL)
-    falling = tl.maximum(1 - d, right, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(rising, falling, propagate_nan=tl.PropagateNan.ALL)
+    rising = tl.maximum(rising, tl.where(n == 0, inf, tl.where(n == 1, -inf, 0.0)), propagate_nan=NAN)
+    falling = tl.maximum(falling, tl.where(n == N - 1, inf, tl.where(n == N - 2, -inf, 0.0)), propagate_nan=NAN)
+    return tl.minimum(rising, falling, propagate_nan=NAN)
+
+
+@triton.jit
+def inner_hat(x, n, scale, N: tl.constexpr):
+    """The same for 1 < n < N - 2, where no piece is an end piece."""
+    return tl.maximum(1 - tl.abs(x * scale + ((N - 1) / 2 - n)), 0.0)
 
 
 @triton.jit
 def interval(u, N: tl.constexpr):
     """As a number like u; of NaN 0, so that it is always one to look up."""
     return tl.minimum(tl.where(u >= 0, tl.floor(u), 0.0), N - 2.0)
+
+
+@triton.jit
+def wide(n):
+    """A whole number, in a loop a tensor or, if interpreted, Python's, in 64 bits."""
+    return tl.full((), n, tl.int64)
 
 
 @triton.jit
@@ -78,55 +89,66 @@ def tile_of(pid, rows, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    x, table, y, B, F, O, half, scale, bucket,
+    x, table, y, B, F, O, scale, bucket,
     N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, KNOTS: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """A tile (BM, BN) of y; a step takes BF features and KNOTS of their knots."""
     row, column = tile_of(tl.program_id(0), tl.cdiv(B, BM), tl.cdiv(O, BN), 8)
-    b, o = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
-    features, GROUPS = tl.arange(0, BF), tl.cdiv(N, KNOTS)
-    x += b.to(tl.int64)[:, None] * F
+    b, f, o = row * BM + tl.arange(0, BM), tl.arange(0, BF), column * BN + tl.arange(0, BN)
+    x += row.to(tl.int64) * BM * F
+    at_x, at_table = tl.arange(0, BM)[:, None] * F + f[None, :], f[:, None] * (N * O) + o[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
-    for step in range(tl.cdiv(F, BF) * GROUPS):
-        f, n0 = step // GROUPS * BF + features, step % GROUPS * KNOTS
-        u = (tl.load(x + f[None, :], mask=(b < B)[:, None] & (f < F)[None, :], other=0.0) + half) * scale
-        at = table + (f.to(tl.int64) * N + n0)[:, None] * O + o[None, :]
+    ends: tl.constexpr = min(N, 4) if KNOTS > 1 else 0
+    if ends > 0:  # the first two and the last two knots
+        for f0 in range(0, F, BF):
+            inside = f0 + f < F
+            p = tl.load(x + f0 + at_x, mask=(b < B)[:, None] & inside[None, :], other=0.0)
+            for k in tl.static_range(ends):
+                at = table + (wide(f0) * N + (k if k < 2 else N - ends + k)) * O + at_table
+                c = tl.load(at, mask=inside[:, None] & (o < O)[None, :], other=0.0)
+                a = hat(p, k if k < 2 else N - ends + k, scale, N)
+                acc = multiply(a.to(c.dtype), c, acc, TF32)
+    left: tl.constexpr = N - ends
+    groups: tl.constexpr = (left + KNOTS - 1) // KNOTS
+    for step in range(tl.cdiv(F, BF) * groups):
+        f0, n0 = step // groups * BF, step % groups * KNOTS + ends // 2
+        inside = f0 + f < F
+        p = tl.load(x + f0 + at_x, mask=(b < B)[:, None] & inside[None, :], other=0.0)
         for k in tl.static_range(KNOTS):
-            inside = (f < F)[:, None] & (o < O)[None, :]
-            if N % KNOTS != 0:
-                inside = inside & (n0 + k < N)
-            c = tl.load(at + k * O, mask=inside, other=0.0)
-            a = hat(u, n0 + k, N).to(c.dtype)
-            acc = multiply(a, c, acc, TF32)
+            there = inside[:, None] & (o < O)[None, :]
+            if left % KNOTS != 0:
+                there = there & (n0 + k < N - ends // 2)
+            c = tl.load(table + (wide(f0) * N + n0 + k) * O + at_table, mask=there, other=0.0)
+            a = inner_hat(p, n0 + k, scale, N) if ends > 0 else hat(p, n0 + k, scale, N)
+            acc = multiply(a.to(c.dtype), c, acc, TF32)
     y += b.to(tl.int64)[:, None] * O + o[None, :]
     tl.store(y, acc.to(y.dtype.element_ty), mask=(b < B)[:, None] & (o < O)[None, :])
 
 
 @triton.jit
 def table_gradient_kernel(
-    x, g, out, B, F, O, half, scale, per_part, bucket,
+    x, g, out, B, F, O, scale, per_part, bucket,
     N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KNOTS: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """Tiles (BF, BN) of dC, for one knot or (KNOTS = 2) two, over a part of the tokens; out is (parts, F, N, O)."""
-    groups: tl.constexpr = tl.cdiv(N, KNOTS)
+    groups: tl.constexpr = (N + KNOTS - 1) // KNOTS
     pid, part = tl.program_id(0), tl.program_id(1)  # neighbours differ in their knot and read the same
     n, tile = pid % groups * KNOTS, pid // groups
     row, column = tile_of(tile, tl.cdiv(F, BF), tl.cdiv(O, BN), 8)
-    f, o = row * BF + tl.arange(0, BF), column * BN + tl.arange(0, BN)
+    f, b, o = row * BF + tl.arange(0, BF), tl.arange(0, BK), column * BN + tl.arange(0, BN)
     here, there = (f < F)[:, None], (o < O)[None, :]
+    at_x, at_g = b[None, :] * F + f[:, None], b[:, None] * O + o[None, :]
     acc = tl.zeros((BF, BN), tl.float32)
     more = tl.zeros((BF, BN), tl.float32)
     first = part * per_part
     last = tl.minimum(B, first + per_part)
     for start in range(first, last, BK):
-        b = (start + tl.arange(0, BK)).to(tl.int64)
-        u = (tl.load(x + b[None, :] * F + f[:, None], mask=(b < last)[None, :] & here, other=0.0) + half) * scale
-        c = tl.load(g + b[:, None] * O + o[None, :], mask=(b < last)[:, None] & there, other=0.0)
-        a = hat(u, n, N).to(c.dtype)
-        acc = multiply(a, c, acc, TF32)
+        inside = start + b < last
+        p = tl.load(x + wide(start) * F + at_x, mask=inside[None, :] & here, other=0.0)
+        c = tl.load(g + wide(start) * O + at_g, mask=inside[:, None] & there, other=0.0)
+        acc = multiply(hat(p, n, scale, N).to(c.dtype), c, acc, TF32)
         if KNOTS == 2:
-            a = hat(u, n + 1, N).to(c.dtype)
-            more = multiply(a, c, more, TF32)
+            more = multiply(hat(p, n + 1, scale, N).to(c.dtype), c, more, TF32)
     out += ((part.to(tl.int64) * F + f)[:, None] * N + n) * O + o[None, :]
     tl.store(out, acc.to(out.dtype.element_ty), mask=here & there)
     if KNOTS == 2:
@@ -135,7 +157,7 @@ def table_gradient_kernel(
 
 @triton.jit
 def input_gradient_kernel(
-    x, g, slopes, out, B, F, O, half, scale, bucket,
+    x, g, slopes, out, B, F, O, scale, bucket,
     N: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """A tile (BM, BF) of g @ S_n^T for one interval n; of it is kept what lies in that interval. slopes (F, N - 1, O).
@@ -145,22 +167,24 @@ def input_gradient_kernel(
     blocks = tl.cdiv(F, BF)
     row, column = tile_of(tl.program_id(0), tl.cdiv(B, BM), blocks * (N - 1), 8)
     n, b, f = column // blocks, row * BM + tl.arange(0, BM), column % blocks * BF + tl.arange(0, BF)
-    g += b.to(tl.int64)[:, None] * O
-    slopes += (f.to(tl.int64)[None, :] * (N - 1) + n) * O
+    o = tl.arange(0, BK)
+    g += row.to(tl.int64) * BM * O
+    slopes += ((column % blocks).to(tl.int64) * BF * (N - 1) + n) * O
+    at_g, at_slopes = tl.arange(0, BM)[:, None] * O + o[None, :], tl.arange(0, BF)[None, :] * ((N - 1) * O) + o[:, None]
     acc = tl.zeros((BM, BF), tl.float32)
     for start in range(0, O, BK):
-        o = start + tl.arange(0, BK)
-        c = tl.load(g + o[None, :], mask=(b < B)[:, None] & (o < O)[None, :], other=0.0)
-        s = tl.load(slopes + o[:, None], mask=(f < F)[None, :] & (o < O)[:, None], other=0.0)
+        inside = start + o < O
+        c = tl.load(g + start + at_g, mask=(b < B)[:, None] & inside[None, :], other=0.0)
+        s = tl.load(slopes + start + at_slopes, mask=(f < F)[None, :] & inside[:, None], other=0.0)
         acc = multiply(c, s, acc, TF32)
     at, inside = b.to(tl.int64)[:, None] * F + f[None, :], (b < B)[:, None] & (f < F)[None, :]
-    u = (tl.load(x + at, mask=inside, other=0.0) + half) * scale
+    u = tl.load(x + at, mask=inside, other=0.0) * scale + (N - 1) / 2
     tl.store(out + at, acc * scale, mask=inside & (interval(u, N) == n))
 
 
 @triton.jit
 def look_up_kernel(
-    x, table, out, B, F, O, half, scale, per_part,
+    x, table, out, B, F, O, scale, per_part,
     N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Part of the features of one token and BN outputs; out is (parts, B, O) in float32."""
@@ -172,7 +196,7 @@ def look_up_kernel(
     for start in range(first, last, BF):
         f = start + tl.arange(0, BF)
         inside = (f < last)[:, None] & (o < O)[None, :]
-        u = (tl.load(x + b.to(tl.int64) * F + f, mask=f < last, other=0.0) + half) * scale
+        u = tl.load(x + b.to(tl.int64) * F + f, mask=f < last, other=0.0) * scale + (N - 1) / 2
         i = interval(u, N)
         t = (u - i)[:, None]
         at = table + (f.to(tl.int64) * N + i.to(tl.int32))[:, None] * O + o[None, :]
@@ -197,6 +221,7 @@ CHOICES = {
     (forward_kernel, HALF): [
         config(8, 3, BM=128, BN=256, BF=64, KNOTS=1),
         config(8, 2, BM=128, BN=256, BF=32, KNOTS=4),
+        config(4, 3, BM=128, BN=128, BF=16, KNOTS=4),
         config(8, 3, BM=128, BN=128, BF=64, KNOTS=1),
         config(4, 3, BM=64, BN=128, BF=32, KNOTS=1),
     ],
@@ -206,7 +231,7 @@ CHOICES = {
         config(8, 3, BF=128, BN=256, BK=64, KNOTS=1),
         config(8, 3, BF=64, BN=256, BK=64, KNOTS=2),
         config(8, 3, BF=128, BN=128, BK=64, KNOTS=1),
-        config(4, 3, BF=64, BN=128, BK=64, KNOTS=2),
+        config(4, 3, BF=64, BN=128, BK=32, KNOTS=2),
     ],
     (table_gradient_kernel, TF32): [config(8, 3, BF=128, BN=128, BK=32, KNOTS=1)],
     (table_gradient_kernel, FULL): [config(4, 2, BF=64, BN=64, BK=16, KNOTS=1)],
@@ -221,12 +246,13 @@ def fits(kernel, chosen, major, N):
     """Whether a choice is any good on devices of this compute capability: what python -m kan_kernels.aot found."""
     tile = chosen.kwargs
     if kernel is forward_kernel:
-        if tile["KNOTS"] > N:
+        if tile["KNOTS"] > 1 and major in (10, 11):  # several products in a row to one accumulator: a trap
             return False
-        if major in (10, 11) and tile["KNOTS"] > 1:  # several tl.dot in a row to one accumulator: Triton 3.7 traps
+        if major == 8 and (tile["KNOTS"] > 1 or tile["BN"] == 256):  # spills
             return False
-        if major == 8 and tile["BN"] == 256 and tile["KNOTS"] == 1:  # spills
-            return False
+        return tile["KNOTS"] <= N
+    if kernel is table_gradient_kernel and tile["KNOTS"] == 1 and tile["BN"] == 256:
+        return major not in (10, 11)  # spills, with Triton 3.6
     return True
 
 
@@ -277,10 +303,6 @@ def kind_of(dtype, tf32):
     return HALF if dtype != torch.float32 else TF32 if tf32 else FULL
 
 
-def positions(N, spline_width):
-    return spline_width / 2, (N - 1) / spline_width
-
-
 @torch.library.custom_op("splinegpt_gpu::spline", mutates_args=())
 def spline(x: Tensor, table: Tensor, spline_width: float, dtype: torch.dtype, tf32: bool, few: bool) -> Tensor:
     """y (B, O) in dtype, of x (B, F) in float32 and a table (F, N, O) in any of the dtypes. few: by the look-up."""
@@ -289,19 +311,19 @@ def spline(x: Tensor, table: Tensor, spline_width: float, dtype: torch.dtype, tf
     table = table.to(dtype).contiguous()
     if B == 0:
         return y
-    half, scale = positions(N, spline_width)
+    scale = (N - 1) / spline_width
     if few:
         blocks = triton.cdiv(O, LOOK_UP["BN"])
         parts, per_part = share(F, B * blocks, x.device, LOOK_UP["BF"])
         sums = x.new_empty(parts, B, O)
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            look_up_kernel[B, parts, blocks](x, table, sums, B, F, O, half, scale, per_part, N=N, **LOOK_UP)
+            look_up_kernel[B, parts, blocks](x, table, sums, B, F, O, scale, per_part, N=N, **LOOK_UP)
         return sums.sum(0).to(dtype)
 
     def grid(tile):
         return (triton.cdiv(B, tile["BM"]) * triton.cdiv(O, tile["BN"]),)
 
-    launch(forward_kernel, kind_of(dtype, tf32), grid, x, table, y, B, F, O, half, scale, B=B, N=N)
+    launch(forward_kernel, kind_of(dtype, tf32), grid, x, table, y, B, F, O, scale, B=B, N=N)
     return y
 
 
@@ -319,7 +341,7 @@ def table_gradient(g: Tensor, x: Tensor, N: int, spline_width: float, dtype: tor
         knots = triton.cdiv(N, tile["KNOTS"])
         return (knots * triton.cdiv(F, tile["BF"]) * triton.cdiv(O, tile["BN"]), parts)
 
-    arguments = x, g, out, B, F, O, *positions(N, spline_width), per_part
+    arguments = x, g, out, B, F, O, (N - 1) / spline_width, per_part
     launch(table_gradient_kernel, kind_of(g.dtype, tf32), grid, *arguments, B=B, N=N)
     return out[0] if parts == 1 else out.sum(0).to(dtype)
 
@@ -337,7 +359,7 @@ def input_gradient(g: Tensor, x: Tensor, table: Tensor, spline_width: float, tf3
     def grid(tile):
         return (triton.cdiv(B, tile["BM"]) * triton.cdiv(F, tile["BF"]) * (N - 1),)
 
-    arguments = x, g, slopes, out, B, F, O, *positions(N, spline_width)
+    arguments = x, g, slopes, out, B, F, O, (N - 1) / spline_width
     launch(input_gradient_kernel, kind_of(g.dtype, tf32), grid, *arguments, B=B, N=N)
     return out
 
