@@ -11,10 +11,11 @@ One TOML says everything:
     equal = ["tokens", "seconds"]   what the runs may use up, one comparison each
     seeds = [1, 2, 3]
     [base]                          options of train.py, for all
-    [cells.NAME]                    more of them: a corpus or a size; every cell gets a table of its own
+    [cells.NAME]                    more of them: a corpus or a size; every cell gets a table of its own. A cell may have
+    arms = ["swiglu", "kan"]        only some of the arms
+    tries = [...]                   its own for all of them, as below
     [arms.NAME]                     more of them: what is compared. Beside these an arm may have
-    tries = [{learning_rate = 1e-3}, ...]   one run each with the first seed; the best goes on. As many for every arm.
-                                    A cell may have tries of its own, for all arms
+    tries = [{learning_rate = 1e-3}, ...]   one run each with the first seed; the best goes on. As many for every arm
     equal = ["seconds"]             this arm's own comparisons
     equal_parameters = false        or else match_parameters makes it as large as the reference
 
@@ -95,14 +96,17 @@ class Plan:
     reference: str
     baselines: list[str]
 
+    def arms_of(self, cell):
+        """{name: Arm}"""
+        return {name: self.arms[name] for name in self.cells[cell].get("arms", self.arms)}
+
     def tries(self, cell, arm):
         return self.cells[cell].get("tries", self.arms[arm].tries)
 
     def options(self, cell, arm, extra):
         """What differs from train.py's defaults in a run of this arm, before it is made as large as the reference."""
         options = {**self.base, **self.cells[cell], **self.arms[arm].options, **extra}
-        options.pop("tries", None)
-        return options
+        return {name: value for name, value in options.items() if name not in ("arms", "tries")}
 
 
 def read_plan(path):
@@ -130,8 +134,13 @@ def read_plan(path):
     for name in [plan.reference, *plan.baselines]:
         if name not in arms:
             raise ValueError(f"{path}: no arm {name!r}; the arms are {', '.join(arms)}")
-    for cell in plan.cells:
-        tries = {name: len(plan.tries(cell, name)) for name in arms}
+    for cell, content in plan.cells.items():
+        for name in content.get("arms", []):
+            if name not in arms:
+                raise ValueError(f"{path}: no arm {name!r} for cell {cell}; the arms are {', '.join(arms)}")
+        if plan.reference not in plan.arms_of(cell):
+            raise ValueError(f"{path}: cell {cell} needs the reference, {plan.reference}, among its arms")
+        tries = {name: len(plan.tries(cell, name)) for name in plan.arms_of(cell)}
         if len(set(tries.values())) > 1 or 0 in tries.values():
             raise ValueError(f"{path}: every arm must be tuned in the same number of tries, got {tries}")
     for measure in {*equal, *(m for arm in arms.values() for m in arm.equal)}:
@@ -141,7 +150,7 @@ def read_plan(path):
         raise ValueError(f"{path}: seeds must be different numbers, at least one, got {plan.seeds}")
     known = sorted({field.name for field in fields(TrainConfig)} - {"out_dir", "resume", "seed", "match_parameters"})
     for cell in plan.cells:
-        for arm in arms:
+        for arm in plan.arms_of(cell):
             for extra in plan.tries(cell, arm):
                 options = plan.options(cell, arm, extra)
                 cli.check_names(options, known, f"{path}: cell {cell}, arm {arm}")
@@ -243,7 +252,8 @@ class Runner:
     def timed(self, cell):
         """What is timed: every arm's first try, without evaluations."""
         endless = dict(max_steps=10**9, eval_interval=10**9, eval_tokens=1)
-        return {name: self.run(cell, name, 0, {**self.plan.tries(cell, name)[0], **endless}) for name in self.plan.arms}
+        first = {name: self.plan.tries(cell, name)[0] for name in self.plan.arms_of(cell)}
+        return {name: self.run(cell, name, 0, {**extra, **endless}) for name, extra in first.items()}
 
     def speeds(self, cell):
         """{arm: milliseconds a step}, measured where it is not known yet."""
@@ -370,7 +380,7 @@ class Runner:
         return [self.run(cell, arm, seed, extra, steps) for seed in self.plan.seeds]
 
     def make_cell(self, cell):
-        speeds, arms = self.speeds(cell), self.plan.arms
+        speeds, arms = self.speeds(cell), self.plan.arms_of(cell)
         searched = [self.tries(cell, arm) for arm in arms]
         self.make([run for turn in zip(*searched, strict=True) for run in turn])
         runs = []
@@ -430,7 +440,7 @@ def rows_of(runner, cell, measure):
     if not all(run.key in known for run in timed.values()):
         return []
     speeds = {arm: known[run.key]["ms"] for arm, run in timed.items()}
-    for name, arm in plan.arms.items():
+    for name, arm in plan.arms_of(cell).items():
         extra = runner.chosen(cell, name)
         if measure in arm.equal and extra is not None:
             wanted = runner.compared(cell, name, measure, extra, speeds)
@@ -605,7 +615,7 @@ def dry_run(runner, cells):
                 if rate is None:
                     rate = flops_per_ms(runner, cells[0])
                 ms[arm] = work / rate
-        for name, arm in plan.arms.items():
+        for name, arm in plan.arms_of(cell).items():
             searched = runner.tries(cell, name)
             extra = runner.chosen(cell, name) or plan.tries(cell, name)[0]
             wanted = searched + [run for m in arm.equal for run in runner.compared(cell, name, m, extra, ms)]

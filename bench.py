@@ -428,17 +428,19 @@ class Step:
         self.parts = {name: min(old, new) for (name, old), new in zip(self.parts.items(), spans, strict=True)}
 
 
-def saved_bytes(block, C):
+def saved_bytes(block, C, device="cpu"):
     """Bytes of activations that a block's normalisation and MLP or KAN keep for the backward, for one token."""
-    x, kept = torch.randn(64, C, requires_grad=True), {}
+    x, kept = torch.randn(64, C, requires_grad=True, device=device), {}
     weights = {p.data_ptr() for p in block.parameters()}
+    copies = {p.numel() for p in block.parameters() if p.dim() > 1}  # autocast's, in half precision
 
     def pack(t):
-        if t.data_ptr() not in weights:
+        if t.data_ptr() not in weights and t.numel() not in copies:
             kept[t.data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device != "cpu")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast:
         block.mlp(block.ln_2(x))
     return sum(kept.values()) / 64
 
@@ -720,11 +722,13 @@ def steps_on_cuda(options):
     for label, step in steps.items():
         seconds, parts = step.parts["step"], [part * 1e3 for part in step.parts.values()]
         use = 16384 * step.flops / seconds / peak
-        rows.append((label, *parts, 16384 / seconds, base / seconds, use, step.bytes / 1e6))
-        records.append(dict(name=label, **step.parts, bytes=step.bytes, flops_per_token=step.flops))
+        saved = saved_bytes(step.model.transformer.h[0], 768, "cuda")
+        rows.append((label, *parts, 16384 / seconds, base / seconds, use, step.bytes / 1e6, saved))
+        records.append(dict(name=label, **step.parts, bytes=step.bytes, saved=saved, flops_per_token=step.flops))
     print(f"A training step of gpt2_124m, 16,384 tokens, {name}")
     base = "nanoGPT" if options.nanogpt else "gelu"
-    table(("", "step", "forward", "backward", "clip + AdamW", "tokens/s", f"times {base}", "MFU", "MB"), rows)
+    header = ("", "step", "forward", "backward", "clip + AdamW", "tokens/s", f"times {base}", "MFU", "MB")
+    table((*header, "saved bytes a token, one block"), rows)
     return records
 
 

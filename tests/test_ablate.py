@@ -160,6 +160,15 @@ def test_a_dry_run_trains_nothing(plan, tmp_path, capsys):
     assert not (tmp_path / "plan.json").exists()
 
 
+def test_a_cell_may_have_some_of_the_arms_and_tries_of_its_own(plan, tmp_path):
+    cell = '[cells.few]\narms = ["relu2", "kan"]\ntries = [{learning_rate = 5e-4}]\n[cells.all]\n\n[arms.relu2]'
+    path = plan(("[arms.relu2]", cell))
+    runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(tmp_path)))
+    assert list(runner.timed("few")) == ["relu2", "kan"] and list(runner.timed("all")) == ["relu2", "gelu", "kan"]
+    tried = [run.options["learning_rate"] for arm in ("relu2", "kan") for run in runner.tries("few", arm)]
+    assert tried == [5e-4, 5e-4] and len(runner.tries("all", "kan")) == 2
+
+
 def test_stopped_it_goes_on_where_it_was(plan, tmp_path):
     # The runs that a signal stops save, and end as if they had not been stopped.
     longer = ("max_steps = 12", "max_steps = 400"), ('equal = ["tokens", "seconds"]', 'equal = ["tokens"]')
@@ -198,6 +207,11 @@ def test_stopped_it_goes_on_where_it_was(plan, tmp_path):
         (('equal = ["tokens"]', 'equal = ["steps"]'), ["equal must be among tokens, seconds", "'steps'"]),
         (("[base]", "[base"), ["not valid TOML"]),
         (("data = ", "data = 'nowhere' # "), ["no data set 'nowhere'"]),
+        (
+            ("[arms.relu2]", '[cells.a]\narms = ["kann"]\n[arms.relu2]'),
+            ["no arm 'kann' for cell a", "relu2, gelu, kan"],
+        ),
+        (("[arms.relu2]", '[cells.a]\narms = ["kan"]\n[arms.relu2]'), ["cell a needs the reference, relu2"]),
     ],
 )
 def test_mistakes_end_in_one_line(script, plan, tmp_path, change, words):
