@@ -17,7 +17,7 @@ quickstart: .venv/train.done
 	@echo "The loss curve is in out/quickstart/loss.png. Write more: $(PY) sample.py out/quickstart --prompt='class '"
 
 test: .venv/test.done
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist=loadfile $(ARGS)
 
 lint: .venv/test.done
 	$(PY) -m ruff format --check .

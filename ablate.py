@@ -11,7 +11,7 @@ One TOML says everything:
     equal = ["tokens", "seconds"]   what the runs may use up, one comparison each
     seeds = [1, 2, 3]
     [base]                          options of train.py, for all
-    [cells.NAME]                    more of them: a corpus or a size; every cell gets a table of its own. A cell may have
+    [cells.NAME]                    more of them: a corpus or a size, with tables of its own. A cell may have
     arms = ["swiglu", "kan"]        only some of the arms
     tries = [...]                   its own for all of them, as below
     [arms.NAME]                     more of them: what is compared. Beside these an arm may have
