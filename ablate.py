@@ -464,6 +464,8 @@ def against_text(plan, row, best):
     if best is None or row is best or row.arm in plan.baselines:
         return "the best baseline" if row is best else ""
     d, error, verdict = difference(row, best)
+    if not len(row.runs) == len(best.runs) == len(plan.seeds):
+        verdict = "seeds are missing"
     return f"{d:+.4f}" + (f" ± {error:.4f}, {verdict}" if error is not None else "")
 
 
@@ -515,7 +517,7 @@ def line_of(plan, row, best):
         f"{total_flops(run['flops_per_token']) / 1e6:.2f}",
         f"{max(r['peak_memory'] for r in row.runs) / 2**20:,.0f}",
         f"{run['steps'] * row.ms / 1e3:.0f}",
-        loss + ("" if len(row.runs) == len(plan.seeds) else f", {len(row.runs)} seeds so far"),
+        loss + ("" if len(row.runs) in (1, len(plan.seeds)) else f", {len(row.runs)} seeds so far"),
         against_text(plan, row, best),
     ]
 
