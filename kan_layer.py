@@ -93,6 +93,8 @@ def two_rows(i, t, num_control_points):
 # Ways to evaluate the layer. Each takes x (B, F) in float32 or better, the table (F, N, O), the width and the
 # dtype to multiply in, and returns y (B, O) in it: control points and weights are rounded to it, positions are not.
 
+FEW = 16  # tokens that a GPU is quicker to look up for than to multiply for [estimated, design.md]
+
 MAX_LOOKUPS = 2**26 - 1  # ATen's CUDA kernel numbers its threads, 32 to a look-up, in int32: more would wrap around
 
 
@@ -114,9 +116,6 @@ def cpp(x, table, spline_width, dtype):
     return kan_kernels.spline(x, table, spline_width, rounded).to(dtype)
 
 
-FEW = 16  # tokens that a GPU is quicker to look up for than to multiply for [estimated, design.md]
-
-
 def triton(x, table, spline_width, dtype):
     """The hat GEMM in Triton, for GPUs (kan_kernels/gpu.py); without a gradient and for few tokens the look-up.
 
@@ -125,7 +124,7 @@ def triton(x, table, spline_width, dtype):
     if torch.float64 in (x.dtype, dtype):
         raise ValueError(f"impl='triton' computes in float32 at most, got x in {x.dtype}; use impl='dense' or 'auto'")
     tf32 = x.is_cuda and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    few = x.shape[0] <= FEW and not wants_gradient(x, table)
+    few = 0 if wants_gradient(x, table) else FEW
     return torch.ops.splinegpt_gpu.spline(x, table, spline_width, dtype, tf32, few)
 
 
@@ -363,9 +362,9 @@ def choose_impl(device_type, num_control_points, tokens, training, dtype=torch.f
     for float64, dense, unless so few tokens come that reading the whole table is the larger cost.
     """
     N = num_control_points
-    few = tokens <= FEW and not training
-    if device_type == "cuda" and dtype != torch.float64 and (N <= 128 or few) and kan_kernels.gpu_available():
-        return "triton"
+    if device_type == "cuda" and dtype != torch.float64 and kan_kernels.gpu_available():
+        # tokens last, and only if need be: to torch.export and torch.compile it is a symbol, and asking is a guard
+        return "triton" if N <= 128 or (not training and tokens <= FEW) else "embedding_bag"
     if device_type != "cpu":
         return "dense" if N <= 128 and (training or tokens >= N) else "embedding_bag"
     if kan_kernels.available():

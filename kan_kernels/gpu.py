@@ -304,15 +304,15 @@ def kind_of(dtype, tf32):
 
 
 @torch.library.custom_op("splinegpt_gpu::spline", mutates_args=())
-def spline(x: Tensor, table: Tensor, spline_width: float, dtype: torch.dtype, tf32: bool, few: bool) -> Tensor:
-    """y (B, O) in dtype, of x (B, F) in float32 and a table (F, N, O) in any of the dtypes. few: by the look-up."""
+def spline(x: Tensor, table: Tensor, spline_width: float, dtype: torch.dtype, tf32: bool, few: int) -> Tensor:
+    """y (B, O) in dtype, of x (B, F) in float32 and a table (F, N, O); up to `few` tokens are looked up."""
     (B, F), (_, N, O) = x.shape, table.shape
     x, y = x.contiguous(), x.new_empty(B, O, dtype=dtype)
     table = table.to(dtype).contiguous()
     if B == 0:
         return y
     scale = (N - 1) / spline_width
-    if few:
+    if few >= B:
         blocks = triton.cdiv(O, LOOK_UP["BN"])
         parts, per_part = share(F, B * blocks, x.device, LOOK_UP["BF"])
         sums = x.new_empty(parts, B, O)

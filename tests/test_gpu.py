@@ -46,7 +46,7 @@ def make(B, F, N, O, dtype, scale=1.5, seed=0):
 
 def run(x, table, g, dtype, width=4.0, few=False):
     x, table = x.clone().requires_grad_(), table.clone().requires_grad_()
-    y = gpu.spline(x, table, width, dtype, False, few)
+    y = gpu.spline(x, table, width, dtype, False, len(x) if few else 0)
     grad_x, grad_table = torch.autograd.grad(y, (x, table), g.to(dtype))
     assert y.dtype == dtype and grad_x.dtype == grad_table.dtype == torch.float32
     return [a.detach().cpu().double().numpy() for a in (y, grad_x, grad_table)]
@@ -104,7 +104,7 @@ def test_every_tile_that_may_be_chosen(kernel, kind, monkeypatch):
     want = [y, *torch.autograd.grad(y, (a, w), g.double())][which].detach().cpu().numpy()
     tf32 = kind == gpu.TF32
     call = [
-        lambda: gpu.spline(x, table, 4.0, dtype, tf32, False),
+        lambda: gpu.spline(x, table, 4.0, dtype, tf32, 0),
         lambda: gpu.input_gradient(g, x, table, 4.0, tf32),
         lambda: gpu.table_gradient(g, x, 5, 4.0, torch.float32, tf32),
     ][which]
@@ -144,7 +144,7 @@ def test_the_same_every_time(dtype):
 def test_nan_and_infinity_stay_in_their_token(N, few):
     x, table, _ = make(6, 4, N, 5, torch.float32)
     x[1, 2], x[3, 0], x[4, 1] = float("nan"), float("inf"), -float("inf")
-    y = gpu.spline(x, table, 4.0, torch.float32, False, few)
+    y = gpu.spline(x, table, 4.0, torch.float32, False, len(x) if few else 0)
     finite = y.isfinite().all(1).tolist()
     assert finite == [True, False, True, False, False, True] and y[1].isnan().all()
 
@@ -178,11 +178,23 @@ def test_compiles_in_one_graph():
     torch.testing.assert_close(gradient, torch.autograd.grad(want.sum(), layer.kan_weight)[0])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_exports_with_any_number_of_tokens(training):
+    layer, _ = layers()
+    layer.requires_grad_(training)
+    x = torch.randn(30, 12, device=DEVICE)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("tokens")},))
+    assert "splinegpt_gpu.spline" in str(exported.graph)
+    for tokens in (3, 40):
+        x = torch.randn(tokens, 12, device=DEVICE)
+        assert torch.equal(exported.module()(x), layer(x))
+
+
 @pytest.mark.parametrize("dtype", EPS)
 def test_well_formed_operators(dtype):
     x, table, g = make(20, 3, 5, 2, dtype)
     g = g.to(dtype)
-    for few in (False, True):
+    for few in (0, 16, 20):
         torch.library.opcheck(
             ops.spline.default, (x.requires_grad_(), table.requires_grad_(), 4.0, dtype, False, few),
             atol=1e-6, rtol=1e-5,
