@@ -13,8 +13,9 @@ parameters.
 
     u = x * scale + (N - 1) / 2  position in knots, float32; scale = (N - 1) / spline_width
 
-Knots are a loop, not a dimension of a tile: N may be any number, and hat n at all positions of a tile is six operations
-with numbers that are in registers already. Nothing is added atomically: results are the same every time. Saved is x.
+Knots are a loop, not a dimension of a tile: N may be any number, and hat n at all positions of a tile takes five
+operations, with numbers that are in registers already. Nothing is added atomically: results are the same every time.
+Saved is x.
 
 Sums are in float32. Products are of bfloat16, float16, or float32, the latter in full or, if PyTorch is told to use it
 (torch.backends.cuda.matmul.allow_tf32), in TF32; hats and slopes are made in float32 and then rounded to that.
@@ -98,7 +99,7 @@ def forward_kernel(
     x += row.to(tl.int64) * BM * F
     at_x, at_table = tl.arange(0, BM)[:, None] * F + f[None, :], f[:, None] * (N * O) + o[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
-    ends: tl.constexpr = min(N, 4) if KNOTS > 1 else 0
+    ends: tl.constexpr = 4 if KNOTS > 1 else 0
     if ends > 0:  # the first two and the last two knots
         for f0 in range(0, F, BF):
             inside = f0 + f < F
@@ -250,7 +251,7 @@ def fits(kernel, chosen, major, N):
             return False
         if major == 8 and (tile["KNOTS"] > 1 or tile["BN"] == 256):  # spills
             return False
-        return tile["KNOTS"] <= N
+        return tile["KNOTS"] == 1 or N > 4  # there are inner knots
     if kernel is table_gradient_kernel and tile["KNOTS"] == 1 and tile["BN"] == 256:
         return major not in (10, 11)  # spills, with Triton 3.6
     return True
