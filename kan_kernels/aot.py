@@ -1,6 +1,6 @@
 """The GPU kernels' code, on a machine without a GPU: compile every tile that may be chosen, and look at what came out.
 
-    python -m kan_kernels.aot              sm_80 (A100), sm_90 (H100, H200), sm_100 (B200): 2 minutes on 2 cores
+    python -m kan_kernels.aot              sm_80 (A100), sm_90 (H100, H200), sm_100 (B200): a minute on 2 cores
     python -m kan_kernels.aot --sm 90      one of them
 
 It exits with 1 if a kernel spills registers or touches local memory, does not fit a device's shared memory, came out as
@@ -38,7 +38,6 @@ KNOTS = 8  # N
 FLOPS = {80: 2048, 90: 4096, 100: 8192}  # a cycle and multiprocessor, half precision on tensor cores
 SCHEDULERS = 4  # of a multiprocessor, an instruction of a warp each cycle
 BYTES = {HALF: 2, TF32: 4, FULL: 4}
-POINTERS = {"x": "fp32", "sums": "fp32"}  # the others are of the products' dtype
 DEVICES = {"H100": (989, 3.35), "H200": (989, 4.8)}  # dense bfloat16 Tflop/s, TB/s
 
 
@@ -83,9 +82,10 @@ def build(name, kind, sm, number):
     for argument in kernel.arg_names:
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument in ("x", "table", "y", "g", "slopes", "out"):
-            gradient = argument == "x" or argument == "out"
-            signature[argument] = "*fp32" if gradient else f"*{product}"
+        elif argument in ("x", "out"):
+            signature[argument] = "*fp32"
+        elif argument in ("table", "y", "g", "slopes"):
+            signature[argument] = f"*{product}"
         else:
             signature[argument] = "fp32" if argument == "scale" else "i32"
     # As at run time: addresses, and sizes that are multiples of 16, are known to be aligned.

@@ -13,8 +13,10 @@ if not torch.cuda.is_available():  # Triton's kernels are interpreted then; it w
 
 import train
 from data import bins, tokenizer
+from kan_layer import IMPLS
 
 ROOT = Path(__file__).resolve().parents[1]
+CPU_IMPLS = {name: f for name, f in IMPLS.items() if name != "triton"}  # that one is in test_gpu.py
 TINY = dict(
     n_layer=2,
     n_head=2,
@@ -77,6 +79,11 @@ def script(tmp_path):
         )
 
     return run
+
+
+def torchrun(script, processes, config, *more, env=None):
+    module = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return script("train.py", *as_options(config), *more, module=module, env=env)
 
 
 def as_options(config):

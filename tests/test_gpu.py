@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import as_options
+from conftest import torchrun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference
@@ -238,8 +238,7 @@ def test_fsdp(tmp_path):
 def test_ddp(script, tiny):
     one, two = (tiny(name, kan_impl="triton", max_steps=4) for name in ("one", "two"))
     want = train.train(one)
-    module = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = script("train.py", *as_options(two), module=module)
+    done = torchrun(script, 2, two)
     assert done.returncode == 0, done.stderr
     got = read_log(two.out_dir)[1][-1]
     assert abs(got["val_loss"] - want["val_loss"]) < 1e-5

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import CPU_IMPLS as IMPLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference
@@ -14,7 +15,6 @@ import kan_layer
 from kan_layer import KANLayer
 
 EPS = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
-IMPLS = {name: f for name, f in kan_layer.IMPLS.items() if name != "triton"}  # that one is in test_gpu.py
 ALL = [*IMPLS, "auto"]
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CPU_IMPLS as IMPLS
 from conftest import assert_one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference
 
-import kan_layer
 import kan_parameterizations
 import train
 from kan_layer import KANLayer
@@ -24,7 +24,6 @@ from kan_parameterizations import PARAMETERIZATIONS, basis, dct, gram, second_di
 from log import read_log
 from model import GPT, GPTConfig
 
-IMPLS = {name: f for name, f in kan_layer.IMPLS.items() if name != "triton"}  # that one is in test_gpu.py
 OTHERS = [name for name in PARAMETERIZATIONS if name != "bspline"]
 
 

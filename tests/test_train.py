@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, as_options, assert_one_line
+from conftest import ROOT, as_options, assert_one_line, torchrun
 
 import checkpoint
 import cli
@@ -493,11 +493,6 @@ def test_a_failed_save_leaves_the_last_checkpoint(tiny, monkeypatch):
 
 
 # Several processes ----------------------------------------------------------------------------------------------------
-
-
-def torchrun(script, processes, config, *more, env=None):
-    module = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return script("train.py", *as_options(config), *more, module=module, env=env)
 
 
 def test_two_processes_are_the_same_run_as_one(script, tiny):
