@@ -428,7 +428,7 @@ class Step:
         self.parts = {name: min(old, new) for (name, old), new in zip(self.parts.items(), spans, strict=True)}
 
 
-def saved_bytes(block, C, device="cpu"):
+def saved_bytes(block, C, device="cpu", dtype=torch.float32):
     """Bytes of activations that a block's normalisation and MLP or KAN keep for the backward, for one token."""
     x, kept = torch.randn(64, C, requires_grad=True, device=device), {}
     weights = {p.data_ptr() for p in block.parameters()}
@@ -439,9 +439,9 @@ def saved_bytes(block, C, device="cpu"):
             kept[t.data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    autocast = torch.autocast(device, torch.bfloat16, enabled=device != "cpu")
+    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast:
-        block.mlp(block.ln_2(x))
+        block.mlp(x, block.ln_2)
     return sum(kept.values()) / 64
 
 
@@ -722,7 +722,7 @@ def steps_on_cuda(options):
     for label, step in steps.items():
         seconds, parts = step.parts["step"], [part * 1e3 for part in step.parts.values()]
         use = 16384 * step.flops / seconds / peak
-        saved = saved_bytes(step.model.transformer.h[0], 768, "cuda")
+        saved = saved_bytes(step.model.transformer.h[0], 768, "cuda", torch.bfloat16)
         rows.append((label, *parts, 16384 / seconds, base / seconds, use, step.bytes / 1e6, saved))
         records.append(dict(name=label, **step.parts, bytes=step.bytes, saved=saved, flops_per_token=step.flops))
     print(f"A training step of gpt2_124m, 16,384 tokens, {name}")

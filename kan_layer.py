@@ -116,16 +116,17 @@ def cpp(x, table, spline_width, dtype):
     return kan_kernels.spline(x, table, spline_width, rounded).to(dtype)
 
 
-def triton(x, table, spline_width, dtype):
+def triton(x, table, spline_width, dtype, *normed):
     """The hat GEMM in Triton, for GPUs (kan_kernels/gpu.py); without a gradient and for few tokens the look-up.
 
-    Saves only x. Sums are in float32; float32 products are in TF32 if PyTorch's own are.
+    Saves only x, or if x is the layer norm of something, that: normed is source (B, F), weight, eps. Sums are in
+    float32; float32 products are in TF32 if PyTorch's own are.
     """
     if torch.float64 in (x.dtype, dtype):
         raise ValueError(f"impl='triton' computes in float32 at most, got x in {x.dtype}; use impl='dense' or 'auto'")
     tf32 = x.is_cuda and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     few = 0 if wants_gradient(x, table) else FEW
-    return torch.ops.splinegpt_gpu.spline(x, table, spline_width, dtype, tf32, few)
+    return torch.ops.splinegpt_gpu.spline(x, table, spline_width, dtype, tf32, few, *normed)
 
 
 def embedding_bag(x, table, spline_width, dtype):
@@ -646,7 +647,12 @@ class KANLayer(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def forward(self, x):
+    def forward(self, x, made_by=None):
+        """y (..., out_features) of x (..., in_features).
+
+        made_by: (source, norm), where x = norm(source) with an nn.LayerNorm. Training on a GPU then keeps source, which
+        the norm keeps anyway, and not x; the numbers are the same.
+        """
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"the last dimension must be in_features = {self.in_features}, got {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -683,7 +689,12 @@ class KANLayer(nn.Module):
             x_flat, width = at_least_float32(x).reshape(-1, self.in_features), self.spline_width
             if self._search is not None:
                 x_flat, width = warp(x_flat, self._search.to(x_flat.dtype)), self.num_control_points - 1.0
-            y = evaluate(x_flat, self.control_points(), width, dtype)
+            normed = ()
+            if made_by is not None and impl == "triton" and self._search is None:
+                source, norm = made_by
+                if source.dtype == x.dtype == torch.float32 and isinstance(norm, nn.LayerNorm) and norm.bias is None:
+                    normed = source.reshape(-1, self.in_features), norm.weight, norm.eps
+            y = evaluate(x_flat, self.control_points(), width, dtype, *normed)
         return y.to(out_dtype).view(*x.shape[:-1], self.out_features)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

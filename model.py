@@ -79,7 +79,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.mlp_size, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, norm):
+        x = norm(x)
         if self.kind == "gelu":
             x = F.gelu(self.c_fc(x))
         elif self.kind == "relu2":
@@ -90,7 +91,7 @@ class MLP(nn.Module):
 
 
 class KAN(nn.Module):
-    """KANLayer C -> C, or C -> H -> C with a norm between; times 1 + W x if gated. The norm in front is the block's.
+    """KANLayer C -> C, or C -> H -> C with a norm between; times 1 + W x if gated. Of norm(x), the block's norm.
 
     A product of two things that a token's channels say is what an additive layer can't make; a gate can, for one matrix
     product. It starts near 1, so that nothing is lost by it.
@@ -112,10 +113,14 @@ class KAN(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.two_layers = H > 0
 
-    def forward(self, x):
-        y = self.proj(self.ln(self.fc(x)) if self.two_layers else x)
+    def forward(self, x, norm):
+        h = norm(x)
+        first = self.fc if self.two_layers else self.proj
+        y = first(h, (x, norm))  # x is kept for the backward anyway, so that h needn't be
+        if self.two_layers:
+            y = self.proj(self.ln(y), (y, self.ln))
         if self.c_gate is not None:
-            y = y * (1 + self.c_gate(x))
+            y = y * (1 + self.c_gate(h))
         return self.dropout(y)
 
 
@@ -129,7 +134,7 @@ class Block(nn.Module):
 
     def forward(self, x, rotation=None, cache=None):
         x = x + self.attn(self.ln_1(x), rotation, cache)
-        x = x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(x, self.ln_2)
         return x
 
 

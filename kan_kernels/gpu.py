@@ -305,8 +305,21 @@ def kind_of(dtype, tf32):
 
 
 @torch.library.custom_op("splinegpt_gpu::spline", mutates_args=())
-def spline(x: Tensor, table: Tensor, spline_width: float, dtype: torch.dtype, tf32: bool, few: int) -> Tensor:
-    """y (B, O) in dtype, of x (B, F) in float32 and a table (F, N, O); up to `few` tokens are looked up."""
+def spline(
+    x: Tensor,
+    table: Tensor,
+    spline_width: float,
+    dtype: torch.dtype,
+    tf32: bool,
+    few: int,
+    source: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """y (B, O) in dtype, of x (B, F) in float32 and a table (F, N, O); up to `few` tokens are looked up.
+
+    If x is the layer norm of a source, that is kept for the backward in place of x.
+    """
     (B, F), (_, N, O) = x.shape, table.shape
     x, y = x.contiguous(), x.new_empty(B, O, dtype=dtype)
     table = table.to(dtype).contiguous()
@@ -365,7 +378,18 @@ def input_gradient(g: Tensor, x: Tensor, table: Tensor, spline_width: float, tf3
     return out
 
 
-spline.register_fake(lambda x, table, width, dtype, tf32, few: x.new_empty(x.shape[0], table.shape[2], dtype=dtype))
+@torch.library.custom_op("splinegpt_gpu::norm_again", mutates_args=())
+def norm_again(source: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Layer norm, in the backward: an operator of its own, or torch.compile would keep the forward's result."""
+    return torch.nn.functional.layer_norm(source, source.shape[-1:], weight, eps=eps)
+
+
+norm_again.register_fake(lambda source, weight, eps: torch.empty_like(source, memory_format=torch.contiguous_format))
+spline.register_fake(
+    lambda x, table, width, dtype, tf32, few, source=None, norm_weight=None, eps=0.0: x.new_empty(
+        x.shape[0], table.shape[2], dtype=dtype
+    )
+)
 table_gradient.register_fake(lambda g, x, N, width, dtype, tf32: g.new_empty(x.shape[1], N, g.shape[1], dtype=dtype))
 input_gradient.register_fake(
     lambda g, x, table, width, tf32: torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -373,17 +397,20 @@ input_gradient.register_fake(
 
 
 def setup(ctx, inputs, output):
-    x, table, ctx.spline_width, _, ctx.tf32, _ = inputs
-    ctx.save_for_backward(x, table)
+    x, table, ctx.spline_width, _, ctx.tf32, _, source, norm_weight, ctx.eps = inputs
+    ctx.normed = source is not None
+    ctx.save_for_backward(source if ctx.normed else x, table, norm_weight)
 
 
 def backward(ctx, g):
-    (x, table), grad_x, grad_table = ctx.saved_tensors, None, None
+    (x, table, norm_weight), grad_x, grad_table = ctx.saved_tensors, None, None
+    if ctx.normed:
+        x = norm_again(x, norm_weight, ctx.eps)
     if ctx.needs_input_grad[0]:
         grad_x = input_gradient(g, x, table, ctx.spline_width, ctx.tf32)
     if ctx.needs_input_grad[1]:
         grad_table = table_gradient(g, x, table.shape[1], ctx.spline_width, table.dtype, ctx.tf32)
-    return grad_x, grad_table, None, None, None, None
+    return grad_x, grad_table, None, None, None, None, None, None, None
 
 
 def twice(ctx, *_):

@@ -16,8 +16,10 @@ from reference import reference
 import kan_kernels
 import kan_layer
 import train
+from bench import saved_bytes
 from kan_layer import KANLayer
 from log import read_log
+from model import Block, GPTConfig
 
 gpu = pytest.importorskip("kan_kernels.gpu", reason="Triton is not installed")
 aot = pytest.importorskip("kan_kernels.aot")
@@ -199,6 +201,17 @@ def test_well_formed_operators(dtype):
             ops.spline.default, (x.requires_grad_(), table.requires_grad_(), 4.0, dtype, False, few),
             atol=1e-6, rtol=1e-5,
         )  # fmt: skip
+    source, weight = (torch.randn(shape, requires_grad=True, device=DEVICE) for shape in ((20, 3), (3,)))
+    normed = (
+        torch.nn.functional.layer_norm(source, (3,), weight, eps=1e-3).detach().requires_grad_(),
+        table,
+        4.0,
+        dtype,
+        False,
+        0,
+    )
+    torch.library.opcheck(ops.spline.default, (*normed, source, weight, 1e-3), atol=1e-6, rtol=1e-5)
+    torch.library.opcheck(ops.norm_again.default, (source.detach(), weight.detach(), 1e-3))
     torch.library.opcheck(ops.table_gradient.default, (g, x.detach(), 5, 4.0, torch.float32, False))
     torch.library.opcheck(ops.input_gradient.default, (g, x.detach(), table.detach(), 4.0, False))
 
@@ -209,6 +222,45 @@ def test_saves_x_and_the_table_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x.requires_grad_())
     assert {t.numel() for t in saved} == {x.numel(), layer.kan_weight.numel()} and len(saved) == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_block_keeps_what_it_normalises(gate, compiled):
+    """And not the layer's input; the gradients are those of a layer that keeps that. Compiled, the norm is computed by
+    other operators in the forward, so a position may be rounded to another bfloat16."""
+    config = GPTConfig(n_embd=48, n_head=1, n_layer=1, kan_gate=gate, kan_impl="triton", kan_init="random_normal")
+    torch.manual_seed(0)
+    block, kept = Block(config, 0).to(DEVICE), {}
+    torch.nn.init.normal_(block.ln_2.weight, mean=1.0)
+    x = torch.randn(20, 48, device=DEVICE, requires_grad=True)
+
+    def gradients(line):
+        line = torch.compile(line, fullgraph=True, backend="aot_eager_decomp_partition") if compiled else line
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(DEVICE, torch.bfloat16):
+            y = line()
+        return torch.autograd.grad(y.float().square().sum(), [x, block.ln_2.weight, *block.mlp.parameters()])
+
+    def pack(t):
+        if t.numel() == x.numel():
+            kept[t.data_ptr()] = t.nbytes
+        return t
+
+    with_norm = gradients(lambda: block.mlp(x, block.ln_2))
+    bytes_kept = sum(kept.values())
+    without = gradients(lambda: block.mlp(block.ln_2(x), torch.nn.Identity()))
+    more = 3 * x.numel() * 2 if gate else 0  # the gate, what it multiplies and what it is made of, in bfloat16
+    assert bytes_kept == x.nbytes + more and sum(kept.values()) >= bytes_kept + x.nbytes
+    for got, want in zip(with_norm, without, strict=True):
+        assert torch.equal(got, want) or (compiled and (got - want).norm() < EPS[torch.bfloat16] * want.norm())
+
+
+def test_a_block_keeps_less_than_a_fifth_of_the_mlps():
+    blocks = [Block(GPTConfig(n_embd=96, mlp=mlp, kan_impl="triton"), 0).to(DEVICE) for mlp in ("kan", "gelu")]
+    kan, mlp = (saved_bytes(block, 96, DEVICE, torch.bfloat16) / 96 for block in blocks)
+    # The norm's input in float32 and its two numbers a token; the MLP's input, hidden layer before and after, besides.
+    assert kan == 4 + 2 * 4 / 96 and mlp == kan + 2 + 8 + 8 and kan < 0.2 * mlp
 
 
 def test_second_derivatives_raise():
