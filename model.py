@@ -7,9 +7,9 @@ The shape is nanoGPT's (https://github.com/karpathy/nanoGPT); a block is
     x = x + mlp(norm(x))            mlp = "kan": the norm and this line are LayerNorm + KANLayer
 
 With one KANLayer the second line adds, for every channel, one learned function of each normalised input channel:
-additive in its inputs, where an MLP mixes them. Two ways to mix: kan_gate multiplies the layer's output by 1 + W x, a
-matrix beside it, as SwiGLU has one; kan_hidden > 0 makes it two layers, C -> H -> C. With 8 control points, or 7 and a
-gate, one layer has exactly the parameters of the 4x MLP: 8 * C * C.
+additive in its inputs, where an MLP mixes them. Three ways to mix: kan_gate multiplies the layer's output by 1 + W x, a
+matrix beside it, as SwiGLU has one; kan_swiglu adds a narrow SwiGLU; kan_hidden > 0 makes it two layers, C -> H -> C.
+With 8 control points, or 7 and a gate, or 3, a gate and a SwiGLU, it has the parameters of the 4x MLP: 8 * C * C.
 
 Legend of shapes
     B  sequences in the batch    T  tokens in each    C  n_embd    H  n_head (in attention), kan_hidden (in the KAN)
@@ -79,8 +79,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.mlp_size, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, norm):
-        x = norm(x)
+    def forward(self, x, made_by=None):  # the second is for the KAN
         if self.kind == "gelu":
             x = F.gelu(self.c_fc(x))
         elif self.kind == "relu2":
@@ -91,7 +90,8 @@ class MLP(nn.Module):
 
 
 class KAN(nn.Module):
-    """KANLayer C -> C, or C -> H -> C with a norm between; times 1 + W x if gated. Of norm(x), the block's norm.
+    """KANLayer C -> C, or C -> H -> C with a norm between; times 1 + W x if gated; plus a SwiGLU if so wished. The norm
+    in front is the block's; made_by, (its input, the norm), is for the layer, which can keep that in place of x.
 
     A product of two things that a token's channels say is what an additive layer can't make; a gate can, for one matrix
     product. It starts near 1, so that nothing is lost by it.
@@ -110,18 +110,20 @@ class KAN(nn.Module):
             self.fc, self.ln = KANLayer(C, H, "random_normal", **options), make_norm(config, H)
         self.proj = KANLayer(H or C, C, config.kan_init, **options)
         self.c_gate = nn.Linear(C, C, bias=False) if config.kan_gate else None
+        self.beside = MLP(replace(config, mlp="swiglu", mlp_hidden=4 * C // 3)) if config.kan_swiglu else None
         self.dropout = nn.Dropout(config.dropout)
         self.two_layers = H > 0
 
-    def forward(self, x, norm):
-        h = norm(x)
-        first = self.fc if self.two_layers else self.proj
-        y = first(h, (x, norm))  # x is kept for the backward anyway, so that h needn't be
+    def forward(self, x, made_by=None):
         if self.two_layers:
+            y = self.fc(x, made_by)
             y = self.proj(self.ln(y), (y, self.ln))
+        else:
+            y = self.proj(x, made_by)
         if self.c_gate is not None:
-            y = y * (1 + self.c_gate(h))
-        return self.dropout(y)
+            y = y * (1 + self.c_gate(x))
+        y = self.dropout(y)
+        return y if self.beside is None else y + self.beside(x)
 
 
 class Block(nn.Module):
@@ -134,7 +136,8 @@ class Block(nn.Module):
 
     def forward(self, x, rotation=None, cache=None):
         x = x + self.attn(self.ln_1(x), rotation, cache)
-        x = x + self.mlp(x, self.ln_2)
+        h = self.ln_2(x)
+        x = x + self.mlp(h, (x, self.ln_2))
         return x
 
 
@@ -150,6 +153,7 @@ class GPTConfig:
     mlp_hidden: int = 0  # 0: 4 * n_embd, for swiglu 8/3 * n_embd, which is the same number of parameters
     kan_control_points: int = 8
     kan_gate: bool = False  # a matrix C -> C beside the layer, whose output multiplies the layer's
+    kan_swiglu: bool = False  # a SwiGLU of 4/3 * n_embd channels beside the layer, whose output is added
     kan_width: float = 4.0  # the curves' domain; 95% of a layer-normed input falls inside
     kan_hidden: int = 0  # 0: one KANLayer; else two, with so many channels between
     kan_init: str = "zero"  # of the layer that writes to the residual stream: zero, random_normal, identity

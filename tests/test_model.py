@@ -16,6 +16,7 @@ VARIANTS = [
     *(replace(SMALL, mlp=mlp) for mlp in KINDS),
     replace(SMALL, kan_hidden=24),
     replace(SMALL, kan_gate=True, kan_control_points=7),
+    replace(SMALL, kan_gate=True, kan_swiglu=True, kan_control_points=3),
     replace(SMALL, **MODERN),
     replace(SMALL, mlp="swiglu", **MODERN),
 ]
@@ -105,6 +106,7 @@ def test_eight_control_points_are_as_many_parameters_as_an_mlp():
         dict(mlp="kan"),
         dict(mlp="kan", kan_hidden=5),
         dict(mlp="kan", kan_gate=True),
+        dict(mlp="kan", kan_gate=True, kan_swiglu=True),
     ],
 )
 @pytest.mark.parametrize("total", [300_000, 804_096, 2_376_960])
