@@ -238,7 +238,9 @@ def clip(parameters, limit):
 
 def check_same_run(config, derived, info, folder):
     """Refuse to resume what would not be the same run, naming what differs; derived has the keys of LABELS."""
-    then, now = {**info["train"], **info}, json.loads(json.dumps({**asdict(config), **derived}))  # as it was read
+    # An option that there was not then was, in effect, at its default.
+    then, now = {**asdict(TrainConfig()), **info["train"], **info}, {**asdict(config), **derived}
+    then, now = (json.loads(json.dumps(settings)) for settings in (then, now))  # as they were read
     changes = [
         f"{LABELS.get(name, name)} was {then.get(name)!r} and is {value!r}"
         for name, value in now.items()

@@ -387,6 +387,18 @@ def test_a_different_run_is_not_resumed(tiny, change, message):
     train.train(replace(config, resume=True, eval_interval=6, micro_batch=2, log_interval=1))
 
 
+def test_an_option_newer_than_the_run_was_at_its_default(tiny):
+    config = tiny()
+    train.train(config)
+    path = Path(config.out_dir) / "latest" / "config.json"
+    saved = json.loads(path.read_text())
+    assert not saved["train"].pop("kan_swiglu") and not saved["model"].pop("kan_swiglu")
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="kan_swiglu was False and is True"):
+        train.train(replace(config, resume=True, kan_swiglu=True))
+    train.train(replace(config, resume=True))
+
+
 def test_dropout_depends_on_how_the_batch_is_divided(tiny):
     config = tiny(dropout=0.1)
     train.train(config)
