@@ -650,8 +650,9 @@ class KANLayer(nn.Module):
     def forward(self, x, made_by=None):
         """y (..., out_features) of x (..., in_features).
 
-        made_by: (source, norm), where x = norm(source) with an nn.LayerNorm. Training on a GPU then keeps source, which
-        the norm keeps anyway, and not x; the numbers are the same.
+        made_by: (source, norm), where x = norm(source) in float32, with an nn.LayerNorm(in_features, bias=False).
+        Training on a GPU then keeps source, which the norm keeps anyway, and not x; the numbers are the same. Anything
+        else is as if it were not given.
         """
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"the last dimension must be in_features = {self.in_features}, got {tuple(x.shape)}")
@@ -692,7 +693,8 @@ class KANLayer(nn.Module):
             normed = ()
             if made_by is not None and impl == "triton" and self._search is None:
                 source, norm = made_by
-                if source.dtype == x.dtype == torch.float32 and isinstance(norm, nn.LayerNorm) and norm.bias is None:
+                plain = isinstance(norm, nn.LayerNorm) and norm.bias is None
+                if plain and norm.normalized_shape == (self.in_features,) and source.dtype == x.dtype == torch.float32:
                     normed = source.reshape(-1, self.in_features), norm.weight, norm.eps
             y = evaluate(x_flat, self.control_points(), width, dtype, *normed)
         return y.to(out_dtype).view(*x.shape[:-1], self.out_features)
