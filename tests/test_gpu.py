@@ -202,16 +202,11 @@ def test_well_formed_operators(dtype):
             atol=1e-6, rtol=1e-5,
         )  # fmt: skip
     source, weight = (torch.randn(shape, requires_grad=True, device=DEVICE) for shape in ((20, 3), (3,)))
-    normed = (
-        torch.nn.functional.layer_norm(source, (3,), weight, eps=1e-3).detach().requires_grad_(),
-        table,
-        4.0,
-        dtype,
-        False,
-        0,
-    )
-    torch.library.opcheck(ops.spline.default, (*normed, source, weight, 1e-3), atol=1e-6, rtol=1e-5)
-    torch.library.opcheck(ops.norm_again.default, (source.detach(), weight.detach(), 1e-3))
+    norm = source.detach(), weight.detach(), 1e-3
+    normed = ops.norm_again(*norm).requires_grad_()
+    call = normed, table, 4.0, dtype, False, 0, source, weight, 1e-3
+    torch.library.opcheck(ops.spline.default, call, atol=1e-6, rtol=1e-5)
+    torch.library.opcheck(ops.norm_again.default, norm)
     torch.library.opcheck(ops.table_gradient.default, (g, x.detach(), 5, 4.0, torch.float32, False))
     torch.library.opcheck(ops.input_gradient.default, (g, x.detach(), table.detach(), 4.0, False))
 
