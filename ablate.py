@@ -22,7 +22,8 @@ One TOML says everything:
 Equal tokens: max_steps for all. Equal seconds: a step of every arm is timed, some at a time in turns, alone on the
 machine, so that its moods hit all alike; then every arm gets the steps it can make while the reference makes max_steps,
 and a schedule as long as that. What a run computes does not depend on how fast it ran, so runs may share the machine
-(--jobs). Seconds are of training, without evaluations, checkpoints and compilation.
+(--jobs). How many threads a step has changes who is quick: timings and runs have as many (--threads). Seconds are of
+training, without evaluations, checkpoints and compilation.
 
 Written to --out: after every run NAME.json, with all runs, from which the same command goes on; after every cell
 NAME.md; at the end NAME.png. A run that was interrupted goes on from its checkpoint.
@@ -52,7 +53,7 @@ import tyro
 import cli
 from bench import markdown
 from data.bins import TokenData
-from log import read_log
+from log import lock, read_log
 from model import GPT, count
 from plot import save_figure
 from train import TrainConfig
@@ -68,6 +69,7 @@ class Options:
     dry_run: bool = False  # print the runs and the hours they would take
     cells: tuple[str, ...] = ()  # these only; empty: all
     jobs: int = 1  # runs at a time, which share the cores; timings are always alone
+    threads: int = 0  # of a run, and of a step that is timed; 0: the cores divided by jobs
     launcher: str = ""  # what starts train.py in place of python: "torchrun --nproc_per_node=8"
     out: str = "out/ablations"  # folder of results, and of unfinished runs
     keep: bool = False  # the checkpoints of finished runs
@@ -192,6 +194,7 @@ class Runner:
 
     def __init__(self, plan, options):
         self.plan, self.options = plan, options
+        self.threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
         self.folder = Path(options.out)
         self.path = self.folder / f"{plan.name}.json"
         self.results = dict(runs={}, speeds={})
@@ -223,13 +226,13 @@ class Runner:
     def save(self):
         cli.write_text(self.path, json.dumps(self.results, indent=1))
 
-    def start(self, options, folder, threads):
+    def start(self, options, folder):
         """Start train.py, in a process group of its own: Ctrl-C is ours to pass on."""
         arguments = cli.as_arguments({**options, "out_dir": str(folder)})
         if (folder / "latest").is_dir():
             arguments.append("--resume")
         command = [*(shlex.split(self.options.launcher) or [sys.executable]), str(ROOT / "train.py"), *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         how = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
         with self.lock:
             if self.stopping:
@@ -255,33 +258,40 @@ class Runner:
         first = {name: self.plan.tries(cell, name)[0] for name in self.plan.arms_of(cell)}
         return {name: self.run(cell, name, 0, {**extra, **endless}) for name, extra in first.items()}
 
+    def known_speeds(self, cell):
+        """{arm: what was measured of its steps, with so many threads}, of the arms of which it is known."""
+        keys = {arm: f"{run.key}-{self.threads}" for arm, run in self.timed(cell).items()}
+        return {arm: self.results["speeds"][key] for arm, key in keys.items() if key in self.results["speeds"]}
+
     def speeds(self, cell):
         """{arm: milliseconds a step}, measured where it is not known yet."""
-        known, runs, reference = self.results["speeds"], self.timed(cell), self.plan.reference
-        missing = {arm: run for arm, run in runs.items() if run.key not in known}
+        known, runs, reference = self.known_speeds(cell), self.timed(cell), self.plan.reference
+        missing = {arm: run for arm, run in runs.items() if arm not in known}
         if missing:
-            turns, header = self.take_turns({reference: runs[reference], **missing})
+            turns, memory, header = self.take_turns({reference: runs[reference], **missing})
             # What is compared is taken from the same turn. A reference that is known stays what it was, and so do the
             # steps that were given out by it.
-            base = known.get(runs[reference].key, dict(ms=statistics.median(turns[reference])))["ms"]
-            machine = {name: header[name] for name in ("device", "cpu", "threads", "torch")}
+            base = known.get(reference, dict(ms=statistics.median(turns[reference])))["ms"]
+            how = dict(reference_turns=turns[reference], threads=self.threads)
+            how.update({name: header[name] for name in ("device", "cpu", "torch")})
             for arm, run in missing.items():
                 ratio = statistics.median(a / b for a, b in zip(turns[arm], turns[reference], strict=True))
-                known[run.key] = dict(cell=cell, arm=arm, ms=ratio * base, ratio=ratio, turns=turns[arm], **machine)
+                measured = dict(ms=ratio * base, ratio=ratio, peak_memory=memory[arm], turns=turns[arm])
+                self.results["speeds"][f"{run.key}-{self.threads}"] = dict(cell=cell, arm=arm, **measured, **how)
             self.save()
-        return {arm: known[run.key]["ms"] for arm, run in runs.items()}
+            known = self.known_speeds(cell)
+        return {arm: known[arm]["ms"] for arm in runs}
 
     def take_turns(self, runs):
-        """({arm: [milliseconds a step, the median of each turn]}, a log's header).
+        """({arm: [milliseconds a step, the median of each turn]}, {arm: its peak memory in bytes}, a log's header).
 
         All arms train at once, but at any time all but one of them are halted by a signal.
         """
-        threads, turns, processes, logs = os.cpu_count() or 1, {arm: [] for arm in runs}, {}, {}
+        turns, memory, processes, logs = {arm: [] for arm in runs}, {}, {}, {}
         try:
             for arm, run in runs.items():
-                folder = self.folder / "runs" / f"{run.key}-timing"
-                shutil.rmtree(folder, ignore_errors=True)
-                processes[arm], logs[arm] = self.start(run.options, folder, threads), folder / "log.jsonl"
+                folder = self.folder / "runs" / f"{run.key}-timing-{os.getpid()}"
+                processes[arm], logs[arm] = self.start(run.options, folder), folder / "log.jsonl"
                 self.wait_for(processes[arm], logs[arm], WARM)
                 os.killpg(processes[arm].pid, signal.SIGSTOP)
             for _ in range(TURNS):
@@ -295,7 +305,8 @@ class Runner:
                     # The first of them was halted on its way.
                     ms = [1e3 * tokens / record["tokens_per_second"] for record in records[seen:]]
                     turns[arm].append(statistics.median(ms))
-            return turns, header
+                    memory[arm] = records[-1]["peak_memory"]
+            return turns, memory, header
         finally:
             for process in processes.values():
                 with contextlib.suppress(ProcessLookupError):
@@ -319,9 +330,8 @@ class Runner:
     def make(self, runs):
         """Make those that are not made yet, some at a time."""
         todo = list({run.key: run for run in runs if run.key not in self.results["runs"]}.values())
-        threads = max(1, (os.cpu_count() or 1) // self.options.jobs)
         with concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
-            futures = [pool.submit(self.make_one, run, threads) for run in todo]
+            futures = [pool.submit(self.make_one, run) for run in todo]
             try:
                 for future in concurrent.futures.as_completed(futures):
                     future.result()
@@ -329,9 +339,9 @@ class Runner:
                 self.stop()
                 raise
 
-    def make_one(self, run, threads):
+    def make_one(self, run):
         folder, started = self.folder / "runs" / run.key, time.time()
-        finite = self.finish(self.start(run.options, folder, threads))
+        finite = self.finish(self.start(run.options, folder))
         result = dict(vars(run), val_loss=None)
         if finite:
             header, records = read_log(folder)
@@ -404,6 +414,7 @@ class Row:
     runs: list[dict]
     extra: dict
     ms: float
+    peak_memory: int | None
 
     @property
     def losses(self):
@@ -433,20 +444,20 @@ def difference(row, other):
 
 def rows_of(runner, cell, measure):
     """The comparison's rows, as far as runs are made."""
-    plan, known, rows = runner.plan, runner.results["speeds"], []
-    if cell not in (speed["cell"] for speed in known.values()):
+    plan, rows = runner.plan, []
+    if cell not in (speed["cell"] for speed in runner.results["speeds"].values()):
         return []
-    timed = runner.timed(cell)
-    if not all(run.key in known for run in timed.values()):
+    known = runner.known_speeds(cell)
+    if set(known) < set(plan.arms_of(cell)):
         return []
-    speeds = {arm: known[run.key]["ms"] for arm, run in timed.items()}
+    speeds = {arm: speed["ms"] for arm, speed in known.items()}
     for name, arm in plan.arms_of(cell).items():
         extra = runner.chosen(cell, name)
         if measure in arm.equal and extra is not None:
             wanted = runner.compared(cell, name, measure, extra, speeds)
             made = [runner.results["runs"][run.key] for run in wanted if run.key in runner.results["runs"]]
             if made:
-                rows.append(Row(name, made, extra, speeds[name]))
+                rows.append(Row(name, made, extra, speeds[name], known[name].get("peak_memory")))
     return rows
 
 
@@ -460,33 +471,39 @@ def comparisons(runner):
     return {where: rows for where, rows in every.items() if rows}
 
 
-def against_text(plan, row, best):
+def against_text(plan, where, row, rows):
+    """The row against the best of the baselines, which are among rows, the arms of the comparison where."""
+    best = best_baseline(plan, rows)
     if best is None or row is best or row.arm in plan.baselines:
         return "the best baseline" if row is best else ""
     d, error, verdict = difference(row, best)
-    if not len(row.runs) == len(best.runs) == len(plan.seeds):
-        verdict = "seeds are missing"
+    (cell, measure), made = where, {other.arm: len(other.runs) for other in rows}
+    needed = [name for name, arm in plan.arms_of(cell).items() if name in plan.baselines and measure in arm.equal]
+    if any(made.get(name) != len(plan.seeds) for name in [row.arm, *needed]):
+        verdict = "runs are missing"
     return f"{d:+.4f}" + (f" ± {error:.4f}, {verdict}" if error is not None else "")
 
 
 def report(runner, compared):
     """The Markdown of all comparisons."""
     plan = runner.plan
-    tries = len(plan.tries(next(iter(plan.cells)), plan.reference))
+    tries = sorted({len(plan.tries(cell, plan.reference)) for cell in plan.cells})
     parts = [
         f"# Ablation `{plan.name}`",
         f"Made by `python ablate.py {runner.options.plan}`. Validation loss in nats per token: the mean over seeds ± "
-        f"its standard error; a difference within two is a tie. Every arm was tuned in as many runs, {tries}, with the "
-        f"first seed and the reference's steps. ms: a training step, alone on the machine: the reference's median over "
-        f"{TURNS} turns, the others' by the median of their ratios to it turn by turn. Seconds are steps times ms.",
+        f"its standard error; a difference within two is a tie. Every arm of a cell was tuned in as many runs, "
+        f"{' or '.join(map(str, tries))}, with the first seed and the reference's steps. ms: a training step with "
+        f"{runner.threads} threads, alone on the machine: the reference's median over {TURNS} turns, the others' by "
+        f"the median of their ratios to it turn by turn. Peak MB: of the process that was timed. Seconds are steps "
+        f"times ms.",
     ]
     summary = []
     for cell in plan.cells:
         line = [cell]
         for measure in MEASURES:
             rows = {row.arm: row for row in compared.get((cell, measure), [])}
-            best = best_baseline(plan, rows.values())
-            line += [against_text(plan, rows[arm], best) if arm in rows else "" for arm in free_arms(plan, measure)]
+            for arm in free_arms(plan, measure):
+                line.append(against_text(plan, (cell, measure), rows[arm], rows.values()) if arm in rows else "")
         if any(line[1:]):
             summary.append(line)
     if summary and plan.baselines:
@@ -495,13 +512,12 @@ def report(runner, compared):
     parts += fits(compared)
     head = "arm, parameters, tried best, steps, ms, tokens/s, Mflop/token, peak MB, seconds, loss, against".split(", ")
     for (cell, measure), rows in compared.items():
-        best = best_baseline(plan, rows)
-        lines = [line_of(plan, row, best) for row in rows]
+        lines = [line_of(plan, (cell, measure), row, rows) for row in rows]
         parts.append(f"## {cell}, equal {measure}\n\n" + markdown(head, lines))
     return "\n\n".join(parts) + "\n"
 
 
-def line_of(plan, row, best):
+def line_of(plan, where, row, rows):
     """A row of a comparison's table."""
     run, knobs = row.runs[0], ", ".join(f"{k}={v}" for k, v in row.extra.items())
     if row.mean == math.inf:
@@ -515,10 +531,10 @@ def line_of(plan, row, best):
         f"{row.ms:.1f}",
         f"{run['batch_tokens'] / row.ms * 1e3:,.0f}",
         f"{total_flops(run['flops_per_token']) / 1e6:.2f}",
-        f"{max(r['peak_memory'] for r in row.runs) / 2**20:,.0f}",
+        f"{row.peak_memory / 2**20:,.0f}" if row.peak_memory else "",
         f"{run['steps'] * row.ms / 1e3:.0f}",
         loss + ("" if len(row.runs) in (1, len(plan.seeds)) else f", {len(row.runs)} seeds so far"),
-        against_text(plan, row, best),
+        against_text(plan, where, row, rows),
     ]
 
 
@@ -607,12 +623,12 @@ def dry_run(runner, cells):
     plan, rate, total = runner.plan, None, 0.0
     lines = []
     for cell in cells:
-        ms = {}
+        ms, known = {}, runner.known_speeds(cell)
         for arm, run in runner.timed(cell).items():
             config = make_config(run.options)
             work = flops_per_token(config.model_config(runner.data(cell)[0].vocab_size)) * config.batch_tokens
-            if run.key in runner.results["speeds"]:
-                ms[arm] = runner.results["speeds"][run.key]["ms"]
+            if arm in known:
+                ms[arm] = known[arm]["ms"]
             else:
                 if rate is None:
                     rate = flops_per_ms(runner, cells[0])
@@ -634,7 +650,7 @@ def dry_run(runner, cells):
 def flops_per_ms(runner, cell):
     """What the reference achieves, in a few steps."""
     reference = runner.plan.reference
-    turns, header = runner.take_turns({reference: runner.timed(cell)[reference]})
+    turns, _, header = runner.take_turns({reference: runner.timed(cell)[reference]})
     return (
         total_flops(header["flops_per_token"]) * header["config"]["batch_tokens"] / statistics.median(turns[reference])
     )
@@ -650,11 +666,12 @@ def main(arguments):
     for cell in options.cells:
         if cell not in plan.cells:
             raise ValueError(f"no cell {cell!r} in {options.plan}; {cli.nearest(cell, list(plan.cells))}")
-    if options.jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {options.jobs}")
+    if options.jobs < 1 or options.threads < 0:
+        raise ValueError(f"jobs must be at least 1, threads at least 0, got {options.jobs} and {options.threads}")
+    held = None if options.dry_run else lock(options.out)  # before the results are read
     cells, runner = options.cells or tuple(plan.cells), Runner(plan, options)
-    # Both, since a shell's background jobs ignore Ctrl-C.
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    # A shell's background jobs ignore Ctrl-C, and a terminal that closes hangs up; no process may be left behind.
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         if options.dry_run:
             return dry_run(runner, cells)
@@ -668,6 +685,8 @@ def main(arguments):
         print(f"stopped; the same command goes on. What is finished is in {runner.path}", file=sys.stderr)
         return 130
     finally:
+        if held:
+            held.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
     picture = figure(plan, compared, runner.path.with_suffix(".png"))

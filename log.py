@@ -105,7 +105,7 @@ def lock(out_dir):
     except ImportError:  # Windows goes without
         pass
     except OSError:
-        raise ValueError(f"another run is writing to {out_dir}; wait for it, or choose another --out_dir") from None
+        raise ValueError(f"another run is writing to {out_dir}; wait for it, or choose another folder") from None
     return file
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import statistics
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from conftest import ROOT, assert_one_line
 
 import ablate
+from log import lock
 
 PLAN = """
 reference = "relu2"
@@ -111,7 +113,7 @@ def test_budgets_are_equal(finished):
 
 def test_the_best_try_goes_on_and_all_seeds_are_made(finished):
     path, folder, _ = finished
-    runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(folder)))
+    runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(folder), jobs=2))
     for arm in runner.plan.arms:
         found = {
             json.dumps(t): runner.results["runs"][r.key]
@@ -131,7 +133,7 @@ def test_the_tables_say_what_the_results_say(finished):
     path, folder, printed = finished
     text = (folder / "plan.md").read_text()
     assert text.strip() in printed and (folder / "plan.png").stat().st_size > 10_000
-    runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(folder)))
+    runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(folder), jobs=2))
     for measure in ablate.MEASURES:
         section = text.split(f"## all, equal {measure}")[1].split("\n## ")[0]
         for row in ablate.rows_of(runner, "all", measure):
@@ -145,10 +147,49 @@ def test_nothing_is_made_twice(finished, monkeypatch, capsys):
     path, folder, _ = finished
     before = results(folder)
     monkeypatch.setattr(ablate.Runner, "start", lambda *_: pytest.fail("it was made already"))
-    ablate.main([path, f"--out={folder}"])
-    ablate.main([path, f"--out={folder}", "--dry_run"])
+    ablate.main([path, f"--out={folder}", "--jobs=2"])
+    ablate.main([path, f"--out={folder}", "--jobs=2", "--dry_run"])
     assert "about 0.0 hours" in capsys.readouterr().out
     assert results(folder) == before
+
+
+def test_steps_are_timed_with_the_threads_that_runs_have(finished):
+    path, folder, _ = finished
+    content, threads = results(folder), max(1, (os.cpu_count() or 1) // 2)
+    assert {run["threads"] for run in content["runs"].values() if "threads" in run} == {threads}
+    assert {speed["threads"] for speed in content["speeds"].values()} == {threads}
+    assert all(speed["peak_memory"] > 2**26 for speed in content["speeds"].values())
+    known = {
+        n: ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(folder), threads=n)).known_speeds("all")
+        for n in (threads, threads + 1)
+    }
+    assert set(known[threads]) == {"relu2", "gelu", "kan"} and not known[threads + 1]
+
+
+def test_no_verdict_while_runs_are_missing(finished):
+    path, folder, _ = finished
+    runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(folder), jobs=2))
+
+    def said():
+        rows = {row.arm: row for row in ablate.rows_of(runner, "all", "tokens")}
+        return ablate.against_text(runner.plan, ("all", "tokens"), rows["kan"], rows.values())
+
+    assert said().endswith((", tie", ", lower", ", higher"))
+    made = dict(runner.results["runs"])
+    for arm in ("kan", "gelu", "relu2"):  # itself, and every baseline, whether it is the best or not
+        gone = next(key for key, run in made.items() if run["arm"] == arm and run["seed"] == 2)
+        runner.results["runs"] = {key: run for key, run in made.items() if key != gone}
+        assert said().endswith(", runs are missing") or "±" not in said()
+        if arm == "gelu":
+            tried = [run.key for run in runner.tries("all", "gelu")]
+            runner.results["runs"] = {key: run for key, run in made.items() if key not in tried}
+            assert said().endswith(", runs are missing")
+
+
+def test_one_at_a_time_in_a_folder(plan, script, tmp_path):
+    held = lock(tmp_path)
+    assert_one_line(script("ablate.py", plan(), f"--out={tmp_path}"), "another run is writing to")
+    held.close()
 
 
 def test_a_dry_run_trains_nothing(plan, tmp_path, capsys):
@@ -169,7 +210,8 @@ def test_a_cell_may_have_some_of_the_arms_and_tries_of_its_own(plan, tmp_path):
     assert tried == [5e-4, 5e-4] and len(runner.tries("all", "kan")) == 2
 
 
-def test_stopped_it_goes_on_where_it_was(plan, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_stopped_it_goes_on_where_it_was(plan, tmp_path, number):
     # The runs that a signal stops save, and end as if they had not been stopped.
     longer = ("max_steps = 12", "max_steps = 400"), ('equal = ["tokens", "seconds"]', 'equal = ["tokens"]')
     path = plan(*longer, ("eval_interval = 6", "eval_interval = 50"))
@@ -178,7 +220,7 @@ def test_stopped_it_goes_on_where_it_was(plan, tmp_path):
     deadline = time.time() + 200
     while time.time() < deadline and not list(tmp_path.glob("runs/*/latest")):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, error = process.communicate(timeout=100)
     assert process.returncode == 130 and "the same command goes on" in error, error
     folders = [p.parent for p in tmp_path.glob("runs/*/latest")]
@@ -227,7 +269,7 @@ def test_other_mistakes_end_in_one_line(script, plan, tmp_path):
 
 
 def row(*losses, arm="kan"):
-    return ablate.Row(arm, [dict(val_loss=loss) for loss in losses], {}, 1.0)
+    return ablate.Row(arm, [dict(val_loss=loss) for loss in losses], {}, 1.0, None)
 
 
 def test_a_tie_is_within_two_standard_errors():
