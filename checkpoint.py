@@ -151,7 +151,7 @@ def load_model(path, device="cpu"):
     folder = find(path)
     info = read_info(folder)
     try:
-        config = GPTConfig(**info["model"])
+        config = GPTConfig(**{**info["model"], "kan_impl": "auto"})  # what it trained with may not run here
     except TypeError as error:
         raise ValueError(f"{folder / 'config.json'} is of another version: {error}") from None
     model = GPT(config)

@@ -77,8 +77,8 @@ def parse(kind, arguments, toml=False):
             continue
         if name not in fields:
             raise ValueError(f"unknown option --{name}; {nearest(name, fields)}")
-        flag = fields[name].type is bool
-        if not equals and arguments and (not flag or arguments[0].lower() in WORDS):
+        flag, several = fields[name].type is bool, typing.get_origin(fields[name].type) is tuple
+        if not equals and arguments and not several and (not flag or arguments[0].lower() in WORDS):
             value, equals = arguments.pop(0), "="
         if flag and equals:
             if value.lower() not in WORDS:

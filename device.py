@@ -44,8 +44,9 @@ def choose_device(name, world):
             raise RuntimeError("cpu, cuda and mps are known")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name} can't be used here ({reason}); try --device=auto") from None
+        reason, there = str(error).splitlines()[0], torch.cuda.device_count()
+        remedy = f"start at most {there} processes" if 0 < there <= world.local_rank else "try --device=auto"
+        raise ValueError(f"device {name} can't be used here ({reason}); {remedy}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -66,6 +67,8 @@ def choose_dtype(name, device):
         name, reason = "float32", "bfloat16 is slower on most CPUs, hundreds of times on some"
     if name == "float16" and device.type == "cpu":
         raise ValueError("dtype float16 has no gradient scaling on a CPU; use float32 or bfloat16")
+    if name == "float32" and device.type == "cuda":
+        reason += ", its matrix products in TF32"
     return getattr(torch, name), reason
 
 

@@ -49,6 +49,8 @@ import kan_parameterizations
 from kan_parameterizations import hats
 
 INITS = ("random_normal", "identity", "zero")
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg")  # what torch.optim calls sums of gradients, and of squares
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Where does x fall?
@@ -69,10 +71,16 @@ def warp(x, knots):
     """x, moved so that uniform knots on [-(N - 1) / 2, (N - 1) / 2], one apart, see it where knots (N,) see x.
 
     The interval is found by search, and everything else stays as it is: the derivative with respect to x too, since
-    it passes through here.
+    it passes through here. Within rounding of a knot it may mix the slopes of both sides.
     """
     i, t = kan_parameterizations.search(x, knots)
     return i + t - (len(knots) - 1) / 2
+
+
+def without_autocast(device_type):
+    """Autocast's own contexts cost time and don't know every device, so only where it is on."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
 
 
 def at_least_float32(x):
@@ -116,15 +124,20 @@ def cpp(x, table, spline_width, dtype):
     return kan_kernels.spline(x, table, spline_width, rounded).to(dtype)
 
 
+@torch.compiler.assume_constant_result
+def products_in_tf32():
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises where this has been set
+
+
 def triton(x, table, spline_width, dtype, *normed):
     """The hat GEMM in Triton, for GPUs (kan_kernels/gpu.py); without a gradient and for few tokens the look-up.
 
     Saves only x, or if x is the layer norm of something, that: normed is source (B, F), weight, eps. Sums are in
-    float32; float32 products are in TF32 if PyTorch's own are.
+    float32; float32 products are in TF32 if PyTorch's own are (torch.set_float32_matmul_precision).
     """
     if torch.float64 in (x.dtype, dtype):
         raise ValueError(f"impl='triton' computes in float32 at most, got x in {x.dtype}; use impl='dense' or 'auto'")
-    tf32 = x.is_cuda and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = x.is_cuda and dtype == torch.float32 and products_in_tf32()
     few = 0 if wants_gradient(x, table) else FEW
     return torch.ops.splinegpt_gpu.spline(x, table, spline_width, dtype, tf32, few, *normed)
 
@@ -214,7 +227,9 @@ def csr_matmul_backward(
 
 
 csr_matmul.register_fake(lambda x, table, spline_width: table.new_empty(x.shape[0], table.shape[2]))
-csr_matmul_backward.register_fake(lambda g, x, table, spline_width: (torch.empty_like(x), torch.empty_like(table)))
+csr_matmul_backward.register_fake(
+    lambda g, x, table, spline_width: (x.new_empty(x.shape), table.new_empty(table.shape))
+)
 
 
 def _csr_setup(ctx, inputs, output):
@@ -347,16 +362,19 @@ IMPLS = dict(cpp=cpp, triton=triton, embedding_bag=embedding_bag, embedding=embe
 def choose_impl(device_type, num_control_points, tokens, training, dtype=torch.float32):
     """What impl="auto" means.
 
-    CPU, measured (2 cores with AVX-512, torch 2.13, ms, forward and backward, 384 to 384; DIARY.md has the rest):
+    CPU, measured (2 cores, torch 2.13, ms, forward and backward, 768 tokens, 384 to 384; DIARY.md has the rest):
 
-        tokens  N    cpp    embedding_bag   dense    csr
-        64      8    0.9    11.6            3.8      7.9
-        768     8    6.4    135             30.1     57.7
-        768     32   7.6    149             132      81.1
-        768     128  11.1   215             788      285
+        with        N    cpp    embedding_bag   dense    csr
+        AVX-512     8    5.6    57              31       57
+                    32   7.8    68              133      77
+                    128  12     124             606      174
+        AVX2        8           135             30       58
+                    32          149             132      81
+                    128         215             788      285
 
     So cpp, and where it can't be compiled the best of the others: in training dense for small N, then csr (which needs
-    MKL; PyTorch for x86 brings it) or embedding_bag; without a backward embedding_bag.
+    MKL; PyTorch for x86 brings it, and with AVX-512 the bag would be a little faster) or for few tokens embedding_bag;
+    without a backward embedding_bag.
 
     CUDA, estimated from an H100's bandwidth and flops, not measured: triton until its flops outgrow the look-up's
     traffic at N of about 128, and for few tokens, where it looks up; then embedding_bag. Where there is no Triton, and
@@ -453,8 +471,9 @@ class KANLayer(nn.Module):
         self._knots = None
         if knots is not None:
             self._knots = torch.as_tensor(knots, dtype=torch.float64, device="cpu").detach().clone()
-            if self._knots.dim() != 1 or len(self._knots) < 2 or not (self._knots.diff() > 0).all():
-                raise ValueError(f"knots must be at least two increasing numbers, got {knots!r}")
+            rises = self._knots.float().diff()
+            if self._knots.dim() != 1 or not len(rises) or not ((rises > 0) & rises.isfinite()).all():
+                raise ValueError(f"knots must be at least two finite numbers, increasing in float32, got {knots!r}")
             num_control_points = len(self._knots)
             spline_width = (self._knots[-1] - self._knots[0]).item()
         for name, value, least in (
@@ -559,13 +578,17 @@ class KANLayer(nn.Module):
         return self
 
     def control_points(self):
-        """The table (F, N, O), differentiable with respect to kan_weight; unless bspline in float32 or better."""
+        """The table (F, N, O), differentiable with respect to kan_weight; unless bspline in float32 or better.
+
+        On CUDA it is a matrix product as exact as PyTorch's are set to be, TF32 or not.
+        """
         if self.parameterization == "bspline":
             return self.kan_weight
         p = at_least_float32(self.kan_weight)
         if self.parameterization == "prefix_sum":
             return kan_parameterizations.prefix_sums(p)
-        return self._basis.to(p.dtype) @ p
+        with without_autocast(p.device.type):
+            return self._basis.to(p.dtype) @ p
 
     def _exact_control_points(self):
         """In float64, to be set again in other coordinates."""
@@ -603,23 +626,35 @@ class KANLayer(nn.Module):
             num_control_points: M with M - 1 a multiple of N - 1, so that every knot stays one; None for 2 N - 1.
             optimizer: one that trains kan_weight; it trains the new one from then on, with its state carried over. A
                 fine control point gets about (N - 1) / (M - 1) of the gradient of the coarse ones around it, in these
-                proportions the first moment (Adam's exp_avg, SGD's momentum) is interpolated; the second is what it
-                would be if the coarse parameters' gradients had nothing to do with each other.
+                proportions the first moment (Adam's exp_avg, SGD's momentum) is interpolated; the second (exp_avg_sq,
+                RMSprop's square_avg, Adagrad's sum) is what it would be if the coarse parameters' gradients had
+                nothing to do with each other.
 
-        Returns the layer; raises ValueError for an M that is not such.
+        Returns the layer; raises ValueError for an M that is not such, a parameterization that can't be had with so
+        many knots, and an optimizer's state that is neither moment; then nothing has changed.
         """
-        N, M = self.num_control_points, num_control_points or 2 * self.num_control_points - 1
+        N, M = self.num_control_points, num_control_points
+        M = 2 * N - 1 if M is None else M
         if M < N or (M - 1) % (N - 1):
             choices = [k * (N - 1) + 1 for k in (2, 3)]
             raise ValueError(f"num_control_points must keep all {N} knots, as {choices} do, got {M}")
-        device = self.kan_weight.device
-        R, coarse, old = kan_parameterizations.refinement(N, M), self.basis(), self.kan_weight
+        old, knots = self.kan_weight, self._knots
+        device, state = old.device, {} if optimizer is None else optimizer.state.get(old, {})
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == old.shape and name not in FIRST_MOMENTS + SECOND_MOMENTS:
+                known = ", ".join(FIRST_MOMENTS + SECOND_MOMENTS)
+                raise ValueError(f"the optimizer's state {name!r} can't be refined, only {known}; make it anew instead")
+        R, coarse = kan_parameterizations.refinement(N, M), self.basis()
         table = R.to(device) @ self._exact_control_points()
-        if self._knots is not None:
-            self._knots = R @ self._knots
-        self.num_control_points = M
-        self.kan_weight = nn.Parameter(old.new_empty(self.in_features, M, self.out_features))
-        self._place()
+        try:
+            self.num_control_points, self._knots = M, None if knots is None else R @ knots
+            self._place()
+        except ValueError:
+            self.num_control_points, self._knots = N, knots
+            self._place()
+            raise
+        weight = old.new_empty(self.in_features, M, self.out_features)
+        self.kan_weight = nn.Parameter(weight, requires_grad=old.requires_grad)
         self.set_control_points(table)
         if optimizer is not None:
             # A gradient of parameters is M.T times one of control points.
@@ -629,8 +664,7 @@ class KANLayer(nn.Module):
             state = optimizer.state.pop(old, {})
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == old.shape:
-                    second = name in ("exp_avg_sq", "max_exp_avg_sq")
-                    state[name] = ((T * T if second else T).to(device) @ value.double()).to(value.dtype)
+                    state[name] = ((T * T if name in SECOND_MOMENTS else T).to(device) @ value.double()).to(value.dtype)
             if state:
                 optimizer.state[self.kan_weight] = state
         return self
@@ -671,8 +705,10 @@ class KANLayer(nn.Module):
             impl = choose_impl(
                 device, self.num_control_points, tokens, training, torch.promote_types(x.dtype, out_dtype)
             )
-        elif impl == "cpp" and (device != "cpu" or not kan_kernels.available()):
-            raise ValueError(f"impl='cpp' needs a CPU and a C++ compiler, got {x.device}; use impl='auto'")
+        elif impl == "cpp" and device != "cpu":
+            raise ValueError(f"impl='cpp' needs a CPU, got {x.device}; use impl='auto'")
+        elif impl == "cpp" and not kan_kernels.available():
+            raise ValueError(f"impl='cpp' can't be used: {kan_kernels.load()}; use impl='auto'")
         elif impl == "triton" and not kan_kernels.gpu_available():
             raise ValueError(f"impl='triton' can't be used: {kan_kernels.load_gpu()}; use impl='auto'")
 
@@ -685,7 +721,7 @@ class KANLayer(nn.Module):
         ):
             dtype = torch.float32
 
-        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        with without_autocast(device):
             evaluate = sparse_embedding_bag if self.sparse_grad else IMPLS[impl]
             x_flat, width = at_least_float32(x).reshape(-1, self.in_features), self.spline_width
             if self._search is not None:
@@ -704,9 +740,10 @@ class KANLayer(nn.Module):
         for name in ("local_bias", "feature_offset"):
             state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._place()  # with assign=True the weight may be elsewhere now, or of another dtype
 
     def extra_repr(self):
-        impl = self.impl
+        impl = "embedding_bag" if self.sparse_grad else self.impl
         if impl == "auto":
             device = self.kan_weight.device.type
             chosen = [choose_impl(device, self.num_control_points, 4096, training) for training in (True, False)]

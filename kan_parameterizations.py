@@ -66,7 +66,7 @@ def second_differences(knots):
     For uniform knots c[n] - 2 c[n + 1] + c[n + 2]. Zero for straight lines, whatever the knots.
     """
     h = knots.diff()
-    slopes = torch.eye(len(knots), dtype=torch.float64).diff(dim=0) / h[:, None]
+    slopes = torch.eye(len(knots), dtype=torch.float64, device=knots.device).diff(dim=0) / h[:, None]
     return slopes.diff(dim=0) * h.mean()
 
 
@@ -168,5 +168,5 @@ def prefix_sums(p):
 
 def refinement(N, M):
     """R (M, N): the control points of the same curves on M knots, every interval divided in (M - 1) / (N - 1)."""
-    position = torch.arange(M, dtype=torch.float64) * ((N - 1) / (M - 1))
-    return hats(*search(position, torch.arange(N, dtype=torch.float64)), N)
+    position, knots = (torch.arange(n, dtype=torch.float64, device="cpu") for n in (M, N))
+    return hats(*search(position * ((N - 1) / (M - 1)), knots), N)

@@ -429,12 +429,15 @@ def match_parameters(config, total):
 
     An MLP gets another mlp_hidden, a two-layer KAN another kan_hidden, a one-layer KAN another kan_control_points.
     So an arm is made equal to another: match_parameters(GPTConfig(mlp="swiglu"), count(GPTConfig(mlp="kan"))).
+    ValueError if the least is more than that.
     """
     knob = "mlp_hidden" if config.mlp != "kan" else "kan_hidden" if config.kan_hidden else "kan_control_points"
     least = 2 if knob == "kan_control_points" else 1
     at = [count(replace(config, **{knob: value})) for value in (least, least + 1)]  # every count is linear in its knob
-    nearest = max(least, least + round((total - at[0]) / (at[1] - at[0])))
-    return replace(config, **{knob: nearest})
+    more = round((total - at[0]) / (at[1] - at[0]))
+    if more < 0:
+        raise ValueError(f"match_parameters = {total:,} can't be met: {knob} = {least} makes {at[0]:,} already")
+    return replace(config, **{knob: least + more})
 
 
 def count(config):

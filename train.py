@@ -119,6 +119,8 @@ class TrainConfig:
             raise ValueError(
                 f"kan_refine_at and kan_smoothness are for mlp = kan, got mlp = {self.mlp}; leave them out"
             )
+        if self.mlp == "kan" and self.mlp_hidden:
+            raise ValueError(f"mlp_hidden is for the MLPs, got {self.mlp_hidden} with mlp = kan; leave it out")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
 
@@ -138,7 +140,7 @@ class TrainConfig:
 
 # What may differ when a run is resumed: where and how fast it runs, not what it computes. Of the second line only what
 # follows from it matters, and that is in LABELS.
-FREE_TO_CHANGE = "out_dir resume device compile eval_interval log_interval wandb wandb_project".split()
+FREE_TO_CHANGE = "out_dir resume device compile kan_impl eval_interval log_interval wandb wandb_project".split()
 FREE_TO_CHANGE += "dtype micro_batch max_steps decay_steps".split()
 LABELS = dict(
     schedule_end="the end of the schedule (decay_steps, or else max_steps)",
@@ -231,6 +233,13 @@ def smoothness(config, step):
 def clip(parameters, limit):
     """Scale the gradients to a norm of at most `limit` (0: leave them) and return the norm they had."""
     return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item() if parameters else 0.0
+
+
+def diverged(config, step, what):
+    return FloatingPointError(
+        f"step {step}: {what}. Lower learning_rate or table_learning_rate, or lengthen warmup_steps; what checkpoints "
+        f"there are in {config.out_dir} are untouched"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -383,6 +392,8 @@ def _train(config, world, device):
             if not stopped and not evaluated and (step % config.eval_interval == 0 or step == config.max_steps):
                 val_loss, stopped = evaluate(fast_model, data, starts, micro_batch, context, device, world, stop)
                 if not stopped:
+                    if not math.isfinite(val_loss):
+                        raise diverged(config, step, f"validation loss {val_loss}; stopped before it was saved")
                     record["val_loss"] = val_loss
                 if not stopped and (step > 0 or config.max_steps == 0):
                     is_best, best = val_loss < best, min(val_loss, best)
@@ -433,14 +444,13 @@ def _train(config, world, device):
             norms = clip(others, config.grad_clip), clip(tables, config.table_grad_clip)
             grad_norm = math.hypot(*norms)
             train_loss, signals = world.sum([loss_sum.item() / world.size, float(len(stop))], device)
-            if not math.isfinite(train_loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-                raise FloatingPointError(
-                    f"step {step}: loss {train_loss}, gradient norm {grad_norm}; stopped before the update. Lower "
-                    "learning_rate or table_learning_rate, or lengthen warmup_steps; the last checkpoint in "
-                    f"{config.out_dir} is untouched"
-                )
+            finite = math.isfinite(grad_norm)
+            if not math.isfinite(train_loss) or not (finite or scaler.is_enabled()):
+                what = f"loss {train_loss}, gradient norm {grad_norm}; stopped before the update"
+                raise diverged(config, step, what)
             for optimizer in optimizers:
-                scaler.step(optimizer)
+                if finite:  # the scaler would leave out the one whose gradients overflowed, and make the other's step
+                    scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
             scaler.update()
             if scaler.is_enabled() and scaler.get_scale() < 1:
@@ -492,7 +502,8 @@ def main(arguments):
     try:
         result = train(cli.parse(TrainConfig, arguments, toml=True))
     except torch.OutOfMemoryError as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        remedy = "lower --micro_batch, which leaves the batch as it is"
+        raise ValueError(f"{str(error).splitlines()[0]}; {remedy}") from None
     return 128 + result["stopped_by"] if "stopped_by" in result else 0
 
 

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,8 @@ class TokenData:
 
     def __init__(self, name, block_size):
         self.folder, self.block_size = ROOT / name, block_size
-        again = f"prepare it with: python data/{name}/prepare.py"
+        known = (self.folder / "prepare.py").is_file()
+        again = f"prepare it with: python data/{name}/prepare.py" if known else "prepare it again, with its --out"
         if not self.folder.is_dir():
             there = ", ".join(sorted(p.parent.name for p in ROOT.glob("*/prepare.py")))
             raise ValueError(f"no data set {name!r} in {ROOT}; there are {there}")
@@ -104,6 +106,7 @@ class TokenData:
             raise ValueError(f"no data in {self.folder}; {again}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder / 'meta.json'} is damaged ({error}); {again}") from None
+        self._files = {}
         for split in SPLITS:
             path = self.folder / f"{split}.bin"
             if not path.is_file():
@@ -116,11 +119,14 @@ class TokenData:
                     f"{path} has {self.tokens[split]:,} tokens, too few for block_size = {block_size}; "
                     "lower block_size or prepare more data"
                 )
+            self._files[split] = open(path, "rb")  # noqa: SIM115
+            weakref.finalize(self, self._files[split].close)
             self._check(self._open(split)[: 2**20], path)
 
     def _open(self, split):
-        # A map kept open would count every page it ever touched as this process' memory.
-        return np.memmap(self.folder / f"{split}.bin", dtype=self.dtype, mode="r")
+        # A map kept open would count every page it ever touched as this process' memory. The file is kept open: should
+        # the folder be prepared anew, this run goes on with what it began with.
+        return np.memmap(self._files[split], dtype=self.dtype, mode="r")
 
     def _check(self, ids, path):
         if ids.max() >= self.vocab_size:

@@ -38,7 +38,7 @@ def compiler():
     """The compiler's command as a list, or None."""
     for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
         command = shlex.split(name)
-        if shutil.which(command[0]):
+        if command and shutil.which(command[0]):
             return command
     return None
 
@@ -81,6 +81,8 @@ def build():
         raise RuntimeError("no C++ compiler found: install g++ or clang++, or name one in $CXX")
     try:
         target = library(command)
+        if target.exists():  # perhaps where we may not write
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(target.parent / "lock"):
             if not target.exists():
@@ -122,7 +124,7 @@ def load():
     """Build and load the kernels; returns None, or the reason why there are none as a string. Never raises."""
     try:
         torch.ops.load_library(build())
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # whatever it is, there are none: a $CXX that is no command, a library that is cut off
         return str(error)
     ops = torch.ops.splinegpt_cpu
 
@@ -132,7 +134,7 @@ def load():
 
     @torch.library.register_fake("splinegpt_cpu::spline_backward")
     def _(g, x, table, spline_width):
-        return torch.empty_like(x), torch.empty_like(table, dtype=x.dtype)
+        return x.new_empty(x.shape), x.new_empty(table.shape)
 
     def setup(ctx, inputs, output):
         x, table, ctx.spline_width, _ = inputs
@@ -172,7 +174,10 @@ def load_gpu():
     """Load the Triton kernels; returns None, or the reason why there are none as a string. Never raises."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
-    gpu = importlib.import_module("kan_kernels.gpu")
+    try:
+        gpu = importlib.import_module("kan_kernels.gpu")
+    except Exception as error:
+        return f"kan_kernels/gpu.py can't be imported with this Triton: {error}"
     if gpu.INTERPRETED.value:
         return None
     if not torch.cuda.is_available():

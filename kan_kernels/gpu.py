@@ -274,8 +274,6 @@ def launch(kernel, kind, grid, *arguments, B, N):
         kernel[grid(tile)](*arguments, bucket, **more, **tile)
         return
     device = arguments[0].device
-    if device.type != "cuda":
-        raise ValueError(f"impl='triton' needs a CUDA device, got {device}; use impl='auto'")
     with torch.cuda.device(device):
         tuned(kernel, kind, torch.cuda.get_device_capability(device)[0], N)[grid](*arguments, bucket, **more)
 
@@ -320,6 +318,8 @@ def spline(
 
     If x is the layer norm of a source, that is kept for the backward in place of x.
     """
+    if not (x.is_cuda or INTERPRETED.value):
+        raise ValueError(f"impl='triton' needs a CUDA device, got {x.device}; use impl='auto'")
     (B, F), (_, N, O) = x.shape, table.shape
     x, y = x.contiguous(), x.new_empty(B, O, dtype=dtype)
     table = table.to(dtype).contiguous()

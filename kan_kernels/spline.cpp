@@ -397,7 +397,8 @@ void sorted_forward(const Layer<S>& layer, const T* table, int64_t f, int64_t o0
 
 // Features [f0, f1) of all tokens, added up in sum (B, padded). Four features at a time, so that the sums pass through
 // the registers once for eight rows of the table. paired: weights are rounded to bfloat16, the larger one to the nearest
-// and the smaller so that they still sum to one, which is exact; so the error is that of a t rounded to 2^-9.
+// and the smaller so that they still sum to one, which is exact for |t| < 256; so the error is that of a t rounded to
+// 2^-9. Of tokens further out nothing is rounded.
 template <class S, class T, bool paired>
 void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f0, int64_t f1, S* sum, int64_t padded) {
   constexpr int L = lanes<S>, GANG = 4, step = paired ? 2 * L : L;
@@ -407,6 +408,7 @@ void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f
     const int gang = std::min<int64_t>(GANG, f1 - f);
     for (int64_t b = 0; b < layer.B; b++) {
       S xs[L] = {}, ts[L], above[GANG] = {}, below[GANG] = {};
+      int64_t in_vectors = whole;
       vec<S> weights[GANG] = {};
       typename Types<S>::ints i;
       vec<S> tv;
@@ -421,6 +423,10 @@ void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f
           above[k] = ts[k - k0];
           below[k] = 1 - above[k];
           if constexpr (paired) {
+            if (!(std::abs(above[k]) < 256)) {
+              in_vectors = 0;
+              continue;
+            }
             if (above[k] < S(0.5)) above[k] = 1 - (below[k] = BFloat16(below[k]));
             else below[k] = 1 - (above[k] = BFloat16(above[k]));
             const BFloat16 both[2] = {BFloat16(below[k]), BFloat16(above[k])};
@@ -432,7 +438,7 @@ void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f
       }
       for (int k = gang; k < GANG; k++) c[k] = c[0];  // with weight zero
       S* y = sum + b * padded;
-      for (int64_t o = 0; o < whole; o += step) {
+      for (int64_t o = 0; o < in_vectors; o += step) {
         vec<S> acc[2] = {*(vec<S>*)(y + o), *(vec<S>*)(y + o + step - L)};
         UNROLL for (int k = 0; k < GANG; k++) {
           if (k < gang) {
@@ -447,7 +453,7 @@ void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f
         *(vec<S>*)(y + o) = acc[0];
         if (paired) *(vec<S>*)(y + o + L) = acc[1];
       }
-      for (int64_t o = whole; o < O; o++)
+      for (int64_t o = in_vectors; o < O; o++)
         for (int k = 0; k < gang; k++) y[o] += below[k] * S(c[k][o]) + above[k] * S(c[k][O + o]);
     }
   }
@@ -481,13 +487,14 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
     S* share = common.take<S>(threads * B * padded);
 #pragma omp parallel num_threads(threads)
     {
-      const int64_t me = omp_get_thread_num();
-      direct_forward<S, T, paired>(layer, table, x, F * me / threads, F * (me + 1) / threads, share + me * B * padded, padded);
+      // As many as there are: OpenMP may give fewer than were asked for.
+      const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+      direct_forward<S, T, paired>(layer, table, x, F * me / team, F * (me + 1) / team, share + me * B * padded, padded);
 #pragma omp barrier
       for (int64_t b = 0; b < B; b++)
-        for (int64_t o = O * me / threads; o < O * (me + 1) / threads; o++) {
+        for (int64_t o = O * me / team; o < O * (me + 1) / team; o++) {
           S sum = share[b * padded + o];
-          for (int k = 1; k < threads; k++) sum += share[(k * B + b) * padded + o];
+          for (int k = 1; k < team; k++) sum += share[(k * B + b) * padded + o];
           y[b * O + o] = sum;
         }
     }
@@ -705,8 +712,10 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
 // The operators
 
 template <class S> Layer<S> describe(const Tensor& x, const Tensor& table, double width) {
-  TORCH_CHECK(x.dim() == 2 && table.dim() == 3 && x.size(1) == table.size(0) && table.size(1) >= 2,
-              "spline: x must be (B, F) and the table (F, N, O) with N >= 2, got ", x.sizes(), " and ", table.sizes());
+  TORCH_CHECK(x.dim() == 2 && table.dim() == 3 && x.size(1) == table.size(0) && table.size(1) >= 2 &&
+                  table.size(0) && table.size(2),
+              "spline: x must be (B, F) and the table (F, N, O) with N >= 2, F and O >= 1, got ", x.sizes(), " and ",
+              table.sizes());
   return {x.size(0), x.size(1), table.size(2), (int)table.size(1), S(width / 2), S((table.size(1) - 1) / width)};
 }
 

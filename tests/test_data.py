@@ -384,9 +384,9 @@ def damage(data_folder, tmp_path, name, change):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("train.bin", lambda p: os.truncate(p, 100), r"train\.bin has 100 bytes instead of .*; prepare it with"),
-        ("val.bin", lambda p: p.unlink(), r"val\.bin is missing; prepare it with: python data/"),
-        ("meta.json", lambda p: p.unlink(), "no data in .*; prepare it with"),
+        ("train.bin", lambda p: os.truncate(p, 100), r"train\.bin has 100 bytes instead of .*; prepare it again"),
+        ("val.bin", lambda p: p.unlink(), r"val\.bin is missing; prepare it again, with its --out"),
+        ("meta.json", lambda p: p.unlink(), "no data in .*; prepare it again"),
         ("meta.json", lambda p: p.write_text("{"), r"meta\.json is damaged"),
         ("meta.json", lambda p: p.write_text("{}"), r"meta\.json is damaged"),
         ("meta.json", lambda p: p.write_text("[]"), r"meta\.json is damaged"),
@@ -402,10 +402,24 @@ def test_damaged_data_is_named(data_folder, tmp_path, name, change, message):
         load(damage(data_folder, tmp_path, name, change))
 
 
+def test_data_prepared_again_is_for_the_next_run(data_folder, tmp_path):
+    folder = tmp_path / "d"
+    shutil.copytree(data_folder, folder)
+    data = load(folder)
+    before = data.train_batch(1, 0, 4)
+    ids = np.ones(100, dtype=np.uint32)
+    bins.write(folder, tokenizer.Bytes(), [("train", "a", ids), ("val", "b", ids)], "x")
+    assert (data.train_batch(1, 0, 4) == before).all() and (load(folder).train_batch(1, 0, 4) == 1).all()
+
+
 def test_missing_and_too_short_data(data_folder):
     with pytest.raises(
         ValueError, match=r"no data set 'nothing'.*there are debian_handbook, fineweb_edu, openwebtext, python_stdlib"
     ):
         TokenData("nothing", 16)
+    made = [p.parent for p in (ROOT / "data").glob("*/prepare.py")]
+    for folder in (folder for folder in made if not (folder / "meta.json").exists()):
+        with pytest.raises(ValueError, match=rf"no data in .*; prepare it with: python data/{folder.name}/prepare\.py"):
+            TokenData(folder.name, 16)
     with pytest.raises(ValueError, match=r"too few for block_size = 100000; lower block_size"):
         load(data_folder, 100_000)

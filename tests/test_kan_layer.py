@@ -301,10 +301,42 @@ def test_compiles_in_one_graph(impl, dtype):
         np.testing.assert_allclose(b.detach().double().numpy(), a, atol=16 * EPS[dtype], rtol=4 * EPS[dtype])
 
 
+@pytest.mark.parametrize("impl", ALL)
+def test_compiles_with_a_transposed_input(impl):
+    torch._dynamo.reset()
+    layer = KANLayer(6, 5, num_control_points=8, impl=impl)
+    x, g = torch.randn(1, 6, 40).transpose(1, 2), torch.randn(1, 40, 5)
+    want = run(layer, x, g)
+    layer.kan_weight.grad = None
+    x = x.detach().requires_grad_()
+    y = torch.compile(lambda x: layer(x * 1.0), fullgraph=True)(x)
+    y.backward(g)
+    for a, b in zip(want, (y, x.grad, layer.kan_weight.grad), strict=True):
+        np.testing.assert_allclose(b.detach().double().numpy(), a, atol=1e-5, rtol=1e-5)
+
+
+def test_either_way_to_ask_for_tf32_is_seen():
+    seen = torch.compile(lambda x: x + kan_layer.products_in_tf32(), fullgraph=True, backend="eager")
+    precision, matmul = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for name in ("high", "highest"):
+            torch.set_float32_matmul_precision(name)
+            torch._dynamo.reset()
+            assert seen(torch.zeros(())) == kan_layer.products_in_tf32() == (name == "high")
+        matmul.fp32_precision = "tf32"  # after which reading allow_tf32 raises
+        assert kan_layer.products_in_tf32()
+    finally:
+        matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(precision)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_csr_is_a_well_formed_operator(dtype):
     args = (torch.randn(4, 3, requires_grad=True), torch.randn(3, 5, 2, requires_grad=True), 4.0)
     torch.library.opcheck(kan_layer.csr_matmul, args)
+    x, table, g = torch.randn(3, 4).t(), torch.randn(2, 5, 3).transpose(0, 2), torch.randn(4, 2)
+    torch.library.opcheck(kan_layer.csr_matmul_backward, (g, x, table, 4.0))
 
 
 def test_half_gradient_probe_survives_compile():

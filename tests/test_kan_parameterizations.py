@@ -348,8 +348,86 @@ def test_the_default_smoothness_goes_with_the_control_points():
 
 
 def test_refine_refuses_what_would_not_keep_the_knots():
-    with pytest.raises(ValueError, match="keep all 8 knots"):
-        KANLayer(2, 2, num_control_points=8).refine(16)
+    for number in (16, 0):
+        with pytest.raises(ValueError, match="keep all 8 knots"):
+            KANLayer(2, 2, num_control_points=8).refine(number)
+
+
+def test_a_refused_refinement_changes_nothing():
+    layer = random_layer(3, 2, 4, parameterization="whitened", smoothness=0.0, spline_width=16.0)
+    x, weight = torch.randn(5, 3), layer.kan_weight
+    before = layer(x)
+    with pytest.raises(ValueError, match="do not determine the control points"):
+        layer.refine(25)
+    assert layer.kan_weight is weight and layer.num_control_points == 4 and torch.equal(layer(x), before)
+    optimizer = torch.optim.Adadelta(layer.parameters())
+    layer(x).sum().backward()
+    optimizer.step()
+    weight = layer.kan_weight
+    with pytest.raises(ValueError, match="'acc_delta' can't be refined"):
+        layer.refine(optimizer=optimizer)
+    assert layer.kan_weight is weight and layer.num_control_points == 4
+
+
+def test_what_is_frozen_stays_frozen_when_refined():
+    assert not KANLayer(2, 2).requires_grad_(False).refine().kan_weight.requires_grad
+
+
+@pytest.mark.parametrize("make", [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adam, torch.optim.SGD])
+def test_other_optimizers_go_on_after_refining(make):
+    torch.manual_seed(0)
+    layer = random_layer(2, 3, 8, parameterization="dct")
+    optimizer = make(layer.parameters(), lr=1e-3, **(dict(momentum=0.9) if make is torch.optim.SGD else {}))
+    x = torch.randn(200, 2)
+    losses = []
+    for step in range(30):
+        if step == 10:
+            layer.refine(optimizer=optimizer)
+            state = optimizer.state[layer.kan_weight]
+            for name in ("square_avg", "sum", "exp_avg_sq"):
+                assert name not in state or (state[name] >= 0).all()
+        optimizer.zero_grad()
+        loss = (layer(x) - torch.sin(2 * x).sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < losses[11] < losses[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What happens around a layer
+
+
+@pytest.mark.parametrize("name", ["whitened", "dct"])
+def test_autocast_does_not_reach_the_control_points(name):
+    layer = KANLayer(4, 4, "identity", num_control_points=32, parameterization=name)
+    want = layer.control_points()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.control_points(), want) and want.dtype == torch.float32
+        assert layer.second_difference_penalty() < 1e-9
+
+
+@pytest.mark.parametrize("options", [dict(parameterization="whitened"), dict(knots=[-2.0, -0.5, 0.1, 2.0])])
+def test_made_on_meta_and_loaded_by_assignment(options):
+    weights = random_layer(3, 4, 4, torch.float64, **options)
+    layer = KANLayer(3, 4, num_control_points=4, device="meta", **options)
+    layer.load_state_dict(weights.state_dict(), assign=True)
+    x = torch.randn(9, 3, dtype=torch.float64)
+    assert torch.equal(layer(x), weights(x))
+
+
+def test_a_default_device_elsewhere_is_no_matter():
+    layer = random_layer(3, 4, 4)
+    with torch.device("meta"):
+        assert layer.second_difference_penalty().device.type == "cpu"
+        layer.refine()
+    assert layer(torch.randn(5, 3)).shape == (5, 4)
+
+
+@pytest.mark.parametrize("knots", [[1.0, 1.0 + 1e-9, 2.0], [1.0, 2.0, math.inf], [1.0], [2.0, 1.0], [math.nan, 1.0]])
+def test_knots_that_cannot_be_told_apart_are_refused(knots):
+    with pytest.raises(ValueError, match="at least two finite numbers, increasing"):
+        KANLayer(2, 2, knots=knots)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

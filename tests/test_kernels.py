@@ -132,11 +132,13 @@ def test_any_strides():
     "x_dtype, table_dtype", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.float32, torch.bfloat16)]
 )
 def test_well_formed_operators(x_dtype, table_dtype):
-    x = torch.randn(40, 3, dtype=x_dtype, requires_grad=True)
-    table = torch.randn(3, 5, 2).to(table_dtype).requires_grad_()
-    torch.library.opcheck(ops.spline.default, (x, table, 4.0))
-    g = torch.randn(40, 2, dtype=x_dtype)
-    torch.library.opcheck(ops.spline_backward.default, (g, x.detach(), table.detach(), 4.0))
+    for strided in (False, True):
+        x, table = torch.randn(40, 3, dtype=x_dtype), torch.randn(3, 5, 2).to(table_dtype)
+        if strided:
+            x, table = x.t().contiguous().t(), table.transpose(0, 2).contiguous().transpose(0, 2)
+        torch.library.opcheck(ops.spline.default, (x.requires_grad_(), table.requires_grad_(), 4.0))
+        g = torch.randn(40, 2, dtype=x_dtype)
+        torch.library.opcheck(ops.spline_backward.default, (g, x.detach(), table.detach(), 4.0))
 
 
 def test_exports():
@@ -166,6 +168,8 @@ def test_no_second_derivatives():
     [
         ((torch.zeros(2, 3), torch.zeros(4, 5, 6), 4.0), r"must be \(B, F\) and the table \(F, N, O\)"),
         ((torch.zeros(2, 3), torch.zeros(3, 1, 6), 4.0), "N >= 2"),
+        ((torch.zeros(2, 0), torch.zeros(0, 5, 6), 4.0), "F and O >= 1"),
+        ((torch.zeros(2, 3), torch.zeros(3, 5, 0), 4.0), "F and O >= 1"),
         ((torch.zeros(2, 3), torch.zeros(3, 5, 6).half(), 4.0), "float32 and bfloat16, got Float and Half"),
     ],
 )
@@ -203,6 +207,7 @@ def python(*arguments, **environment):
     [
         ({"CXX": "", "PATH": ""}, "no C++ compiler found"),
         ({"CXX": "false"}, "false failed"),
+        ({"CXX": '"'}, "No closing quotation"),
         ({"SPLINEGPT_CACHE": "/dev/null/cache"}, "can't write to /dev/null/cache"),
     ],
 )
@@ -226,8 +231,21 @@ def test_built_once_and_found_again():
 def test_another_cpu_or_compiler_is_another_build(monkeypatch):
     command = kan_kernels.compiler()
     here = kan_kernels.library(command)
+    assert kan_kernels.library(["true"]) != here
     monkeypatch.setattr(kan_kernels, "cpu", lambda: "flags: none")
     assert kan_kernels.library(command) != here
+
+
+def test_what_was_built_by_another_user_is_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPLINEGPT_CACHE", str(tmp_path))
+    built = kan_kernels.library(kan_kernels.compiler())
+    built.touch()
+
+    def read_only(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(kan_kernels, "one_at_a_time", read_only)
+    assert kan_kernels.build() == built
 
 
 CHECK = """
@@ -280,6 +298,40 @@ def test_a_numpy_reference_is_not_the_only_witness():
     for a, b in zip(gradients(layer, x, g), gradients(exact, x.double(), g.double()), strict=True):
         off = (a.double() - b).abs() / b.abs().max()
         assert np.quantile(off.detach().numpy(), 0.999) < 1e-5  # a knot or two may fall on the other side
+
+
+def test_bfloat16_inference_far_outside():
+    """Weights t and 1 - t still sum to one where bfloat16 has no t left: a constant stays what it is."""
+    layer = KANLayer(6, 40, num_control_points=32, impl="cpp", dtype=torch.bfloat16)
+    layer.kan_weight.data.fill_(1.0)
+    x = torch.tensor([0.1, 30.0, -33.0, 38.7, 90.3, -1e4]).repeat(3, 1).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.full((3, 40), 6.0, dtype=torch.bfloat16))
+
+
+FEWER = """
+import torch
+from kan_layer import KANLayer
+torch.set_num_threads(2)
+for B in (1, 4, 16, 64, 300):
+    torch.manual_seed(0)
+    layer = KANLayer(64, 300, num_control_points=8, impl="cpp")
+    x = torch.randn(B, 64, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    got = y, x.grad, layer.kan_weight.grad
+    layer.impl, x.grad, layer.kan_weight.grad = "dense", None, None
+    y = layer(x)
+    y.sum().backward()
+    for a, b in zip(got, (y, x.grad, layer.kan_weight.grad)):
+        assert (a - b).abs().max() < 1e-4 * b.abs().max(), (B, (a - b).abs().max())
+"""
+
+
+@pytest.mark.parametrize("limit", ["OMP_THREAD_LIMIT=1", "OMP_MAX_ACTIVE_LEVELS=0", "OMP_DYNAMIC=true"])
+def test_fewer_threads_than_asked_for(limit):
+    done = python("-c", FEWER, **dict([limit.split("=")]))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

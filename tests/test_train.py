@@ -96,6 +96,9 @@ def test_command_line_forms(tmp_path):
     )
     assert parse("--resume", "True", "--max_steps=3").resume and parse(str(path), "--resume").resume
     assert parse("--out_dir", "--odd").out_dir == "--odd"
+    path.write_text('kan_refine_at = []\nmlp = "gelu"')  # the list ends where it ends
+    assert parse(str(path), "--out_dir=x") == train.TrainConfig(mlp="gelu", out_dir="x")
+    assert parse("--kan_refine_at", "5", "8", "--seed=3") == train.TrainConfig(kan_refine_at=(5, 8), seed=3)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,8 @@ def test_mistakes_end_in_one_line(script, tiny, tmp_path):
     assert_one_line(script("train.py", *good, "--block_size=0"), "block_size must be above 0")
     assert_one_line(script("train.py", *good, "--n_embd=4000000"), "no memory for a model of")
     assert_one_line(script("train.py", *good, "--device=meta"), "cpu, cuda and mps are known")
+    assert_one_line(script("train.py", *good, "--mlp_hidden=9"), "mlp_hidden is for the MLPs, got 9")
+    assert_one_line(script("train.py", *good, "--match_parameters=9"), "match_parameters = 9 can't be met")
     assert_one_line(script("train.py", *good, f"--seed={2**64}"), "seed must be below")
     wandb = script(
         "train.py", *good, "--wandb", env={"WANDB_API_KEY": "", "WANDB_MODE": "online", "HOME": str(tmp_path)}
@@ -271,23 +276,63 @@ def test_the_spline_tables_have_a_clip_of_their_own(tiny):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(script, tiny, tmp_path):
-    config = tiny(max_steps=60, learning_rate=1e25, warmup_steps=0, eval_interval=1)
-    failed = script("train.py", *as_options(config))
-    assert_one_line(failed, "stopped before the update", "Lower learning_rate", "step ")
-    step = int(failed.stderr.split("step ")[1].split(":")[0])
-    info = json.loads((Path(config.out_dir) / "latest" / "config.json").read_text())
-    assert info["step"] == step
-    model, _, _ = checkpoint.load_model(Path(config.out_dir) / "latest")
-    assert all(p.isfinite().all() for p in model.parameters())
+    config = tiny(max_steps=60, eval_interval=20)
+    assert script("train.py", *as_options(replace(config, max_steps=20, decay_steps=60))).returncode == 0
+    kept = sha256(config.out_dir)
+    state = Path(config.out_dir) / "latest" / "optimizer.pt"
+    saved = torch.load(state)
+    for group in saved["optimizers"][0]["param_groups"]:
+        group["peak_lr"] = 1e25
+    torch.save(saved, state)
+    failed = script("train.py", *as_options(config), "--resume")
+    assert_one_line(failed, "loss nan", "stopped before the update", "Lower learning_rate", "step ")
+    assert failed.returncode == cli.NOT_FINITE and sha256(config.out_dir) == kept
+    model, _, info = checkpoint.load_model(Path(config.out_dir) / "latest")
+    assert info["step"] == 20 and all(p.isfinite().all() for p in model.parameters())
 
 
-def test_compiled_training_is_the_same(tiny):
+def test_a_validation_loss_that_is_not_finite_is_not_saved(tiny, monkeypatch):
+    losses = {0: 9.0, 5: 2.5, 10: float("nan")}
+    found = iter(losses.values())
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(found), False))
+    config = tiny(max_steps=15)
+    with pytest.raises(FloatingPointError, match=r"step 10: validation loss nan.*untouched"):
+        train.train(config)
+    for name in ("best", "latest"):
+        assert json.loads((Path(config.out_dir) / name / "config.json").read_text())["step"] == 5
+
+
+@pytest.mark.parametrize("overflows", ["attn.c_attn.weight", "wte.weight"])
+def test_an_overflow_in_float16_is_a_step_of_no_optimizer(tiny, monkeypatch, overflows):
+    """Muon's matrices and AdamW's embeddings: where one has infinite gradients, neither moves, and the scale falls."""
+    made = []
+
+    def make(config):
+        made.append(GPT(config))
+        for name, p in made[-1].named_parameters():
+            if name.endswith(overflows):
+                p.register_hook(lambda g: g.fill_(float("inf")))
+        made.append({name: p.detach().clone() for name, p in made[-1].named_parameters()})
+        return made[-2]
+
+    monkeypatch.setattr(train, "GPT", make)
+    monkeypatch.setattr(train, "choose_dtype", lambda *_: (torch.float16, "for this test"))
+    config = tiny(max_steps=1, optimizer="muon", mlp="swiglu")
+    train.train(config)
+    model, before = made
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert checkpoint.load_optimizer_state(Path(config.out_dir) / "latest")["scaler"]["scale"] == 2.0**15
+
+
+def test_compiled_training_is_the_same(tiny, capsys):
     eager, compiled = train.train(tiny("a")), train.train(tiny("b", compile="true"))
-    assert abs(eager["val_loss"] - compiled["val_loss"]) < 1e-4
+    assert (
+        abs(eager["val_loss"] - compiled["val_loss"]) < 1e-4 and "compile: True (as asked)" in capsys.readouterr().out
+    )
 
 
 def test_bfloat16_training(tiny):
-    assert abs(train.train(tiny("a", dtype="bfloat16"))["val_loss"] - train.train(tiny("b"))["val_loss"]) < 0.05
+    assert 0 < abs(train.train(tiny("a", dtype="bfloat16"))["val_loss"] - train.train(tiny("b"))["val_loss"]) < 0.05
 
 
 def test_wandb_offline(script, tiny, tmp_path):
@@ -440,6 +485,23 @@ def test_a_single_gpu_gets_a_number(monkeypatch):
     for name in ("auto", "cuda", "cuda:0"):
         assert device.choose_device(name, device.World()) == torch.device("cuda:0")
     assert asked == [0, 0, 0]
+
+
+def test_more_processes_than_gpus_are_told_how_many(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    world = device.World()
+    world.local_rank = 1
+    with pytest.raises(ValueError, match=r"device cuda:1 can't be used here .*; start at most 1 processes"):
+        device.choose_device("cuda", world)
+
+
+def test_how_the_layer_is_evaluated_may_change(tiny):
+    config = tiny(kan_impl="dense", max_steps=5)
+    train.train(config)
+    path = Path(config.out_dir) / "latest" / "config.json"
+    path.write_text(path.read_text().replace('"kan_impl": "dense"', '"kan_impl": "triton"'))  # as if made on a GPU
+    assert checkpoint.load_model(config.out_dir + "/latest")[0].config.kan_impl == "auto"
+    train.train(replace(config, resume=True, kan_impl="embedding_bag", max_steps=8, decay_steps=5))
 
 
 def test_changed_data_is_not_resumed(tiny, data_folder, tmp_path):
