@@ -446,7 +446,9 @@ def saved_bytes(block, C, device="cpu", dtype=torch.float32):
 
 
 def models(options):
+    recipe = dict(kan_control_points=7, kan_gate=True, kan_parameterization="whitened")
     steps = {
+        "KAN, N = 7, gate, whitened": Step("shakespeare_char_cpu_kan.toml", **recipe),
         "KAN, N = 8": Step("shakespeare_char_cpu_kan.toml"),
         "KAN, N = 32": Step("shakespeare_char_cpu_kan.toml", kan_control_points=32),
         "gelu MLP": Step("shakespeare_char_cpu_mlp.toml"),
