@@ -258,9 +258,12 @@ class Runner:
         first = {name: self.plan.tries(cell, name)[0] for name in self.plan.arms_of(cell)}
         return {name: self.run(cell, name, 0, {**extra, **endless}) for name, extra in first.items()}
 
+    def speed_key(self, run):
+        return f"{run.key}-{self.threads}"
+
     def known_speeds(self, cell):
         """{arm: what was measured of its steps, with so many threads}, of the arms of which it is known."""
-        keys = {arm: f"{run.key}-{self.threads}" for arm, run in self.timed(cell).items()}
+        keys = {arm: self.speed_key(run) for arm, run in self.timed(cell).items()}
         return {arm: self.results["speeds"][key] for arm, key in keys.items() if key in self.results["speeds"]}
 
     def speeds(self, cell):
@@ -277,9 +280,9 @@ class Runner:
             for arm, run in missing.items():
                 ratio = statistics.median(a / b for a, b in zip(turns[arm], turns[reference], strict=True))
                 measured = dict(ms=ratio * base, ratio=ratio, peak_memory=memory[arm], turns=turns[arm])
-                self.results["speeds"][f"{run.key}-{self.threads}"] = dict(cell=cell, arm=arm, **measured, **how)
+                known[arm] = dict(cell=cell, arm=arm, **measured, **how)
+                self.results["speeds"][self.speed_key(run)] = known[arm]
             self.save()
-            known = self.known_speeds(cell)
         return {arm: known[arm]["ms"] for arm in runs}
 
     def take_turns(self, runs):

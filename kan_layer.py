@@ -77,10 +77,13 @@ def warp(x, knots):
     return i + t - (len(knots) - 1) / 2
 
 
+def autocast_is_on(device_type):
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(device_type):
     """Autocast's own contexts cost time and don't know every device, so only where it is on."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocast_is_on(device_type) else contextlib.nullcontext()
 
 
 def at_least_float32(x):
@@ -640,8 +643,9 @@ class KANLayer(nn.Module):
             raise ValueError(f"num_control_points must keep all {N} knots, as {choices} do, got {M}")
         old, knots = self.kan_weight, self._knots
         device, state = old.device, {} if optimizer is None else optimizer.state.get(old, {})
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == old.shape and name not in FIRST_MOMENTS + SECOND_MOMENTS:
+        moments = [name for name, value in state.items() if torch.is_tensor(value) and value.shape == old.shape]
+        for name in moments:
+            if name not in FIRST_MOMENTS + SECOND_MOMENTS:
                 known = ", ".join(FIRST_MOMENTS + SECOND_MOMENTS)
                 raise ValueError(f"the optimizer's state {name!r} can't be refined, only {known}; make it anew instead")
         R, coarse = kan_parameterizations.refinement(N, M), self.basis()
@@ -661,12 +665,11 @@ class KANLayer(nn.Module):
             T = (N - 1) / (M - 1) * self.basis().T @ R @ torch.linalg.inv(coarse).T
             for group in optimizer.param_groups:
                 group["params"] = [self.kan_weight if p is old else p for p in group["params"]]
-            state = optimizer.state.pop(old, {})
-            for name, value in state.items():
-                if torch.is_tensor(value) and value.shape == old.shape:
-                    state[name] = ((T * T if name in SECOND_MOMENTS else T).to(device) @ value.double()).to(value.dtype)
+            for name in moments:
+                carry = (T * T if name in SECOND_MOMENTS else T).to(device)
+                state[name] = (carry @ state[name].double()).to(state[name].dtype)
             if state:
-                optimizer.state[self.kan_weight] = state
+                optimizer.state[self.kan_weight] = optimizer.state.pop(old)
         return self
 
     def second_difference_penalty(self, per_edge=False):
@@ -694,8 +697,7 @@ class KANLayer(nn.Module):
             raise ValueError(f"input must be floating point, got {x.dtype}; convert it with x.float()")
         device = x.device.type
         out_dtype = x.dtype
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if autocast and x.dtype != torch.float64:  # as nn.Linear: autocast leaves float64 alone
+        if autocast_is_on(device) and x.dtype != torch.float64:  # as nn.Linear: autocast leaves float64 alone
             out_dtype = torch.get_autocast_dtype(device)
 
         impl = "embedding_bag" if self.sparse_grad else self.impl

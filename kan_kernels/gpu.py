@@ -266,6 +266,15 @@ def tuned(kernel, kind, major, N):
     return triton.autotune(choices(kernel, kind, major, N), key=["bucket", "F", "O"], cache_results=True)(kernel)
 
 
+def on_gpu(device):
+    """The context that a kernel is launched in; ValueError for what is no GPU."""
+    if INTERPRETED.value:
+        return contextlib.nullcontext()
+    if device.type != "cuda":
+        raise ValueError(f"impl='triton' needs a CUDA device, got {device}; use impl='auto'")
+    return torch.cuda.device(device)
+
+
 def launch(kernel, kind, grid, *arguments, B, N):
     """Run a kernel; grid is a function of the tile's sizes."""
     bucket, more = 1 << (B - 1).bit_length(), dict(N=N, TF32=kind == TF32)
@@ -274,7 +283,7 @@ def launch(kernel, kind, grid, *arguments, B, N):
         kernel[grid(tile)](*arguments, bucket, **more, **tile)
         return
     device = arguments[0].device
-    with torch.cuda.device(device):
+    with on_gpu(device):
         tuned(kernel, kind, torch.cuda.get_device_capability(device)[0], N)[grid](*arguments, bucket, **more)
 
 
@@ -318,8 +327,6 @@ def spline(
 
     If x is the layer norm of a source, that is kept for the backward in place of x.
     """
-    if not (x.is_cuda or INTERPRETED.value):
-        raise ValueError(f"impl='triton' needs a CUDA device, got {x.device}; use impl='auto'")
     (B, F), (_, N, O) = x.shape, table.shape
     x, y = x.contiguous(), x.new_empty(B, O, dtype=dtype)
     table = table.to(dtype).contiguous()
@@ -330,7 +337,7 @@ def spline(
         blocks = triton.cdiv(O, LOOK_UP["BN"])
         parts, per_part = share(F, B * blocks, x.device, LOOK_UP["BF"])
         sums = x.new_empty(parts, B, O)
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        with on_gpu(x.device):
             look_up_kernel[B, parts, blocks](x, table, sums, B, F, O, scale, per_part, N=N, **LOOK_UP)
         return sums.sum(0).to(dtype)
 

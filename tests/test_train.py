@@ -279,15 +279,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(script, tiny, tmp_pat
     config = tiny(max_steps=60, eval_interval=20)
     assert script("train.py", *as_options(replace(config, max_steps=20, decay_steps=60))).returncode == 0
     kept = sha256(config.out_dir)
-    state = Path(config.out_dir) / "latest" / "optimizer.pt"
-    saved = torch.load(state)
+    latest = Path(config.out_dir) / "latest"
+    saved = checkpoint.load_optimizer_state(latest)
     for group in saved["optimizers"][0]["param_groups"]:
         group["peak_lr"] = 1e25
-    torch.save(saved, state)
+    torch.save(saved, latest / "optimizer.pt")
     failed = script("train.py", *as_options(config), "--resume")
     assert_one_line(failed, "loss nan", "stopped before the update", "Lower learning_rate", "step ")
     assert failed.returncode == cli.NOT_FINITE and sha256(config.out_dir) == kept
-    model, _, info = checkpoint.load_model(Path(config.out_dir) / "latest")
+    model, _, info = checkpoint.load_model(latest)
     assert info["step"] == 20 and all(p.isfinite().all() for p in model.parameters())
 
 
