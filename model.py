@@ -63,9 +63,9 @@ class CausalSelfAttention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al., arXiv 2104.09864): x (..., T, D) with its halves turned by angles (T, D / 2)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    """Rotary positions (Su et al., arXiv 2104.09864): x (..., T, D) with its halves turned; cos and sin are (T, D)."""
+    y = x.float()
+    return (y * cos + y.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -282,7 +282,8 @@ class GPT(nn.Module):
         else:
             D = self.config.n_embd // self.config.n_head
             angles = torch.outer(positions, 10000.0 ** (-torch.arange(0, D, 2, device=idx.device) / D))
-            rotation = angles.cos(), angles.sin()  # (T, D / 2)
+            cos, sin = angles.cos(), angles.sin()
+            rotation = torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)  # (T, D) each
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, rotation, cache)
