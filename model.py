@@ -63,7 +63,10 @@ class CausalSelfAttention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al., arXiv 2104.09864): x (..., T, D) with its halves turned; cos and sin are (T, D)."""
+    """Rotary positions (Su et al., arXiv 2104.09864): x (..., T, D) turned, half against half.
+
+    cos and sin (T, D) hold every angle twice, once for each half, the first half's sines negated.
+    """
     y = x.float()
     return (y * cos + y.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
