@@ -15,12 +15,13 @@ One TOML says everything:
     arms = ["swiglu", "kan"]        only some of the arms
     tries = [...]                   its own for all of them, as below
     [arms.NAME]                     more of them: what is compared. Beside these an arm may have
-    tries = [{learning_rate = 1e-3}, ...]   one run each with the first seed; the best goes on. As many for every arm
+    tries = [{learning_rate = 1e-3}, ...]   one run each with the first seed; the best goes on. As many for every arm,
+                                            and of nothing that makes a step longer
     equal = ["seconds"]             this arm's own comparisons
     equal_parameters = false        or else match_parameters makes it as large as the reference
 
-Equal tokens: max_steps for all. Equal seconds: a step of every arm is timed, some at a time in turns, alone on the
-machine, so that its moods hit all alike; then every arm gets the steps it can make while the reference makes max_steps,
+Equal tokens: max_steps for all. Equal seconds: every arm takes turns with the reference, some steps at a time, alone on
+the machine, so that its moods hit both alike; then it gets the steps it can make while the reference makes max_steps,
 and a schedule as long as that. What a run computes does not depend on how fast it ran, so runs may share the machine
 (--jobs). How many threads a step has changes who is quick: timings and runs have as many (--threads). Seconds are of
 training, without evaluations, checkpoints and compilation.
@@ -36,6 +37,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -44,6 +46,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -60,6 +63,9 @@ from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent
 MEASURES = ("tokens", "seconds")
+# What arms must share, for their losses to be comparable, and what tries may differ in, for a step to take as long.
+SHARED = set("data block_size batch_tokens max_steps eval_tokens eval_interval".split())
+RATES = set("learning_rate table_learning_rate weight_decay table_weight_decay beta1 beta2 warmup_steps min_lr".split())
 WARM, TURNS, STEPS = 12, 12, 8  # of a timing: steps that don't count, turns of each arm, steps of a turn
 
 
@@ -107,14 +113,20 @@ class Plan:
 
     def options(self, cell, arm, extra):
         """What differs from train.py's defaults in a run of this arm, before it is made as large as the reference."""
-        options = {**self.base, **self.cells[cell], **self.arms[arm].options, **extra}
-        return {name: value for name, value in options.items() if name not in ("arms", "tries")}
+        here = {name: value for name, value in self.cells[cell].items() if name not in ("arms", "tries")}
+        return {**self.base, **here, **self.arms[arm].options, **extra}
 
 
 def read_plan(path):
     """The plan in a TOML file, checked; ValueError says what is wrong with it."""
     content = cli.load_toml(path, "plan")
     cli.check_names(content, sorted({field.name for field in fields(Plan)} - {"name"}), path, "setting")
+    check_kinds(content, path, base=dict, cells=dict, arms=dict, seeds=list, equal=list, reference=str, baselines=list)
+    for where, settings in [*content.get("cells", {}).items(), *content.get("arms", {}).items()]:
+        check_kinds({where: settings}, path, **{where: dict})
+        check_kinds(settings, f"{path}: {where}", equal=list, equal_parameters=bool, tries=list)
+        for extra in settings.get("tries", []):
+            check_kinds({"a try": extra}, f"{path}: {where}", **{"a try": dict})
     if not content.get("arms"):
         raise ValueError(f"{path} has no arms; name at least one: [arms.NAME]")
     equal = content.get("equal", ["tokens"])
@@ -145,19 +157,56 @@ def read_plan(path):
         tries = {name: len(plan.tries(cell, name)) for name in plan.arms_of(cell)}
         if len(set(tries.values())) > 1 or 0 in tries.values():
             raise ValueError(f"{path}: every arm must be tuned in the same number of tries, got {tries}")
-    for measure in {*equal, *(m for arm in arms.values() for m in arm.equal)}:
-        if measure not in MEASURES:
-            raise ValueError(f"{path}: equal must be among {', '.join(MEASURES)}, got {measure!r}")
-    if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
-        raise ValueError(f"{path}: seeds must be different numbers, at least one, got {plan.seeds}")
-    known = sorted({field.name for field in fields(TrainConfig)} - {"out_dir", "resume", "seed", "match_parameters"})
+    for measures in (equal, *(arm.equal for arm in arms.values())):
+        if not measures or not set(measures) <= set(MEASURES):
+            raise ValueError(f"{path}: equal must be a list of some of {', '.join(MEASURES)}, got {measures!r}")
+    if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds) or not all(type(seed) is int for seed in plan.seeds):
+        raise ValueError(f"{path}: seeds must be different whole numbers, at least one, got {plan.seeds}")
+    own = {"out_dir", "resume", "seed", "match_parameters", "decay_steps"}  # is ours to set, or not to be set
+    known = sorted({field.name for field in fields(TrainConfig)} - own)
     for cell in plan.cells:
-        for arm in plan.arms_of(cell):
-            for extra in plan.tries(cell, arm):
-                options = plan.options(cell, arm, extra)
-                cli.check_names(options, known, f"{path}: cell {cell}, arm {arm}")
-                make_config(options).check()
+        for name, arm in plan.arms_of(cell).items():
+            where = f"{path}: cell {cell}, arm {name}"
+            for extra in plan.tries(cell, name):
+                options = plan.options(cell, name, extra)
+                cli.check_names(options, known, where)
+                if unequal := sorted(SHARED & {*arm.options, *extra}):
+                    raise ValueError(f"{where}: {unequal[0]} must be the same for all arms; set it in [base] or a cell")
+                if slow := sorted(set(extra) - RATES):
+                    raise ValueError(f"{where}: tries may differ in {', '.join(sorted(RATES))}, got {slow[0]}")
+                config = make_config(options)
+                config.check()
+                config.model_config(vocab_size=256)  # which checks itself
+                if config.max_steps < 1:
+                    raise ValueError(f"{where}: max_steps must be at least 1, got {config.max_steps}")
+                if config.kan_refine_at and "seconds" in arm.equal:
+                    raise ValueError(
+                        f'{where}: its steps grow longer by kan_refine_at; compare it in equal = ["tokens"]'
+                    )
     return plan
+
+
+def check_kinds(settings, where, **kinds):
+    """ValueError for the first of the settings that is of another kind than the TOML should have there."""
+    names = {dict: "table", list: "list", str: "name", bool: "true or false"}
+    for name, kind in kinds.items():
+        if name in settings and not isinstance(settings[name], kind):
+            raise ValueError(f"{where}: {name} must be a {names[kind]}, got {settings[name]!r}")
+
+
+def signal_all(process, number):
+    """Signal a process and its descendants: torchrun gives each of its own a session, where no group reaches."""
+    children = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = stat.read_text(errors="replace").rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(stat.parent.name))
+    family = [process.pid]
+    for pid in family:
+        family += children.get(pid, [])
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def lines(path):
@@ -227,7 +276,7 @@ class Runner:
         cli.write_text(self.path, json.dumps(self.results, indent=1))
 
     def start(self, options, folder):
-        """Start train.py, in a process group of its own: Ctrl-C is ours to pass on."""
+        """Start train.py, in a session of its own: Ctrl-C is ours to pass on."""
         arguments = cli.as_arguments({**options, "out_dir": str(folder)})
         if (folder / "latest").is_dir():
             arguments.append("--resume")
@@ -247,10 +296,13 @@ class Runner:
         self.processes.discard(process)
         if self.stopping:
             raise KeyboardInterrupt
-        if process.returncode not in (0, cli.NOT_FINITE):
-            last = (error.strip().splitlines() or [f"status {process.returncode}"])[-1]
-            raise ValueError(f"{shlex.join(process.args[1:])} failed: {last}")
-        return process.returncode == 0
+        # torchrun ends with 1 whatever its processes ended with, and says much after what they said.
+        diverged = process.returncode == cli.NOT_FINITE or re.search(rf"exitcode *: {cli.NOT_FINITE}\b", error)
+        if process.returncode and not diverged:
+            said = error.strip().splitlines() or [f"status {process.returncode}"]
+            said = [line for line in said if line.startswith("train.py: ")] or said
+            raise ValueError(f"{shlex.join(process.args[1:])} failed: {said[-1]}")
+        return not diverged
 
     def timed(self, cell):
         """What is timed: every arm's first try, without evaluations."""
@@ -270,25 +322,24 @@ class Runner:
         """{arm: milliseconds a step}, measured where it is not known yet."""
         known, runs, reference = self.known_speeds(cell), self.timed(cell), self.plan.reference
         missing = {arm: run for arm, run in runs.items() if arm not in known}
-        if missing:
-            turns, memory, header = self.take_turns({reference: runs[reference], **missing})
-            # What is compared is taken from the same turn. A reference that is known stays what it was, and so do the
-            # steps that were given out by it.
+        # The reference first. One that is known stays what it was, and so do the steps that were given out by it.
+        for arm, run in sorted(missing.items(), key=lambda item: item[0] != reference):
+            turns, memory, header = self.take_turns({reference: runs[reference], arm: run})
             base = known.get(reference, dict(ms=statistics.median(turns[reference])))["ms"]
-            how = dict(reference_turns=turns[reference], threads=self.threads)
-            how.update({name: header[name] for name in ("device", "cpu", "torch")})
-            for arm, run in missing.items():
-                ratio = statistics.median(a / b for a, b in zip(turns[arm], turns[reference], strict=True))
-                measured = dict(ms=ratio * base, ratio=ratio, peak_memory=memory[arm], turns=turns[arm])
-                known[arm] = dict(cell=cell, arm=arm, **measured, **how)
-                self.results["speeds"][self.speed_key(run)] = known[arm]
+            # What is compared is taken from the same turn.
+            ratio = statistics.median(a / b for a, b in zip(turns[arm], turns[reference], strict=True))
+            measured = dict(ms=ratio * base, ratio=ratio, peak_memory=memory[arm], turns=turns[arm])
+            how = {name: header[name] for name in ("device", "cpu", "torch")}
+            how.update(reference_turns=turns[reference], threads=self.threads)
+            known[arm] = dict(cell=cell, arm=arm, **measured, **how)
+            self.results["speeds"][self.speed_key(run)] = known[arm]
             self.save()
         return {arm: known[arm]["ms"] for arm in runs}
 
     def take_turns(self, runs):
         """({arm: [milliseconds a step, the median of each turn]}, {arm: its peak memory in bytes}, a log's header).
 
-        All arms train at once, but at any time all but one of them are halted by a signal.
+        All of them are training, but at any time all but one are halted by a signal.
         """
         turns, memory, processes, logs = {arm: [] for arm in runs}, {}, {}, {}
         try:
@@ -296,13 +347,13 @@ class Runner:
                 folder = self.folder / "runs" / f"{run.key}-timing-{os.getpid()}"
                 processes[arm], logs[arm] = self.start(run.options, folder), folder / "log.jsonl"
                 self.wait_for(processes[arm], logs[arm], WARM)
-                os.killpg(processes[arm].pid, signal.SIGSTOP)
+                signal_all(processes[arm], signal.SIGSTOP)
             for _ in range(TURNS):
                 for arm, process in processes.items():
                     seen = lines(logs[arm])
-                    os.killpg(process.pid, signal.SIGCONT)
+                    signal_all(process, signal.SIGCONT)
                     self.wait_for(process, logs[arm], seen + STEPS + 1)
-                    os.killpg(process.pid, signal.SIGSTOP)
+                    signal_all(process, signal.SIGSTOP)
                     header, records = read_log(logs[arm].parent)
                     tokens = header["config"]["batch_tokens"]
                     # The first of them was halted on its way.
@@ -312,8 +363,7 @@ class Runner:
             return turns, memory, header
         finally:
             for process in processes.values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                signal_all(process, signal.SIGKILL)
                 process.wait()
                 process.stderr.close()
                 self.processes.discard(process)
@@ -377,12 +427,12 @@ class Runner:
         return [self.run(cell, arm, self.plan.seeds[0], extra) for extra in self.plan.tries(cell, arm)]
 
     def chosen(self, cell, arm):
-        """The try that did best with the first seed; None while some are missing, or if none stayed finite."""
+        """The try that did best with the first seed, or the first if none stayed finite; None if some are missing."""
         found = [self.results["runs"].get(run.key) for run in self.tries(cell, arm)]
         if None in found:
             return None
         losses = [math.inf if result["val_loss"] is None else result["val_loss"] for result in found]
-        return self.plan.tries(cell, arm)[losses.index(min(losses))] if min(losses) < math.inf else None
+        return self.plan.tries(cell, arm)[losses.index(min(losses))]
 
     def compared(self, cell, arm, measure, extra, speeds):
         """The runs of one comparison, one a seed."""
@@ -399,9 +449,8 @@ class Runner:
         runs = []
         for measure in MEASURES:
             for arm in arms:
-                extra = self.chosen(cell, arm)
-                if measure in arms[arm].equal and extra is not None:
-                    runs += self.compared(cell, arm, measure, extra, speeds)
+                if measure in arms[arm].equal:
+                    runs += self.compared(cell, arm, measure, self.chosen(cell, arm), speeds)
         self.make(sorted(runs, key=lambda run: self.plan.seeds.index(run.seed)))  # the arms take turns
 
 
@@ -448,9 +497,11 @@ def difference(row, other):
 def rows_of(runner, cell, measure):
     """The comparison's rows, as far as runs are made."""
     plan, rows = runner.plan, []
-    if cell not in (speed["cell"] for speed in runner.results["speeds"].values()):
+    try:
+        known = runner.known_speeds(cell)
+    except ValueError as error:
+        warnings.warn(f"{cell} is left out of the tables: {error}", stacklevel=2)
         return []
-    known = runner.known_speeds(cell)
     if set(known) < set(plan.arms_of(cell)):
         return []
     speeds = {arm: speed["ms"] for arm, speed in known.items()}
@@ -465,7 +516,8 @@ def rows_of(runner, cell, measure):
 
 
 def best_baseline(plan, rows):
-    return min((row for row in rows if row.arm in plan.baselines), key=lambda row: row.mean, default=None)
+    finite = (row for row in rows if row.arm in plan.baselines and row.mean < math.inf)
+    return min(finite, key=lambda row: row.mean, default=None)
 
 
 def comparisons(runner):
@@ -490,15 +542,16 @@ def against_text(plan, where, row, rows):
 def report(runner, compared):
     """The Markdown of all comparisons."""
     plan = runner.plan
-    tries = sorted({len(plan.tries(cell, plan.reference)) for cell in plan.cells})
+    tries = sorted({len(plan.tries(cell, plan.reference)) for cell, _ in compared})
     parts = [
         f"# Ablation `{plan.name}`",
         f"Made by `python ablate.py {runner.options.plan}`. Validation loss in nats per token: the mean over seeds ± "
         f"its standard error; a difference within two is a tie. Every arm of a cell was tuned in as many runs, "
-        f"{' or '.join(map(str, tries))}, with the first seed and the reference's steps. ms: a training step with "
-        f"{runner.threads} threads, alone on the machine: the reference's median over {TURNS} turns, the others' by "
-        f"the median of their ratios to it turn by turn. Peak MB: of the process that was timed. Seconds are steps "
-        f"times ms.",
+        f"{' or '.join(map(str, tries))}, with the first seed, which is one of those counted, and the reference's "
+        f"steps. Errors are of unpaired means: of equal arms, two standard errors call one in eight different where "
+        f"there are three seeds. ms: a training step with --threads={runner.threads}, alone on the machine: the "
+        f"reference's median over {TURNS} turns, the others' by the median of their ratios to it turn by turn. "
+        f"Peak MB: of the process that was timed. Seconds are steps times ms.",
     ]
     summary = []
     for cell in plan.cells:
@@ -578,13 +631,14 @@ def figure(plan, compared, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cells = [cell for cell in plan.cells if (cell, plan.equal[0]) in compared]
+    cells = [cell for cell in plan.cells if any((cell, measure) in compared for measure in MEASURES)]
     if not cells:
         return None
     drawing, axes = plt.subplots(len(cells), 2, figsize=(11, 3.6 * len(cells)), squeeze=False, layout="constrained")
     for cell, pair in zip(cells, axes, strict=True):
         for axis, measure in zip(pair, MEASURES, strict=True):
-            rows = compared.get((cell, measure)) or compared.get((cell, "tokens"), [])
+            equal = measure if (cell, measure) in compared else next(m for m in MEASURES if (cell, m) in compared)
+            rows = compared[cell, equal]
             for number, arm in enumerate(plan.arms):
                 for row in (row for row in rows if row.arm == arm and row.mean < math.inf):
                     curves = [[loss for step, loss in run["curve"] if step] for run in row.runs]
@@ -599,7 +653,7 @@ def figure(plan, compared, path):
             finals = [row.mean for row in rows if row.mean < math.inf]
             if finals:
                 axis.set_ylim(min(finals) - 0.05, max(finals) + 0.5)
-            axis.set_title(f"{cell}, equal {measure}", fontsize=9)
+            axis.set_title(f"{cell}, equal {equal}", fontsize=9)
             axis.set_xlabel("tokens" if measure == "tokens" else "seconds of training")
             axis.set_ylabel("validation loss, nats")
             axis.grid(True, linewidth=0.3)
@@ -678,6 +732,8 @@ def main(arguments):
     try:
         if options.dry_run:
             return dry_run(runner, cells)
+        for cell in cells:
+            runner.data(cell)  # before the first run: what is missing is said at once
         for cell in cells:
             runner.make_cell(cell)
             compared = comparisons(runner)

@@ -11,7 +11,6 @@ exist; reading knows. `best` shares its files with the `latest` it was: they are
 
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -130,14 +129,14 @@ def load_optimizer_state(folder):
         return state
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; {_remedy(folder)}") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the unpickler raises whatever the bytes make of it
         raise ValueError(
             f"{path} is damaged ({(str(error) or 'it is empty').splitlines()[0]}); {_remedy(folder)}"
         ) from None
 
 
 def _remedy(folder):
-    other = folder.parent / ("best" if folder.name == "latest" else "latest")
+    other = folder.parent / ("best" if folder.name.startswith("latest") else "latest")
     if (other / "config.json").is_file():
         return f"{other} may be whole: put a copy of it in the place of {folder}"
     return "there is no other checkpoint beside it"

@@ -14,9 +14,10 @@ class World:
     """The processes that train together: torchrun's, or this one alone."""
 
     def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.distributed = "RANK" in os.environ
+        given = os.environ if self.distributed else {}  # a WORLD_SIZE alone is someone else's
+        self.rank, self.size = int(given.get("RANK", 0)), int(given.get("WORLD_SIZE", 1))
+        self.local_rank = int(given.get("LOCAL_RANK", 0))
 
     def print(self, message):
         if self.rank == 0:
@@ -64,7 +65,8 @@ def choose_dtype(name, device):
     elif name == "auto":
         # Also where the CPU has AVX512-BF16: shakespeare_char_cpu_kan took 1.5 times as long a step under autocast, and
         # shakespeare_char_cpu_mlp as long as in float32.
-        name, reason = "float32", "bfloat16 is slower on most CPUs, hundreds of times on some"
+        slower = "bfloat16 is slower on most CPUs, hundreds of times on some"
+        name, reason = "float32", slower if device.type == "cpu" else f"nothing shorter was tried on {device.type}"
     if name == "float16" and device.type == "cpu":
         raise ValueError("dtype float16 has no gradient scaling on a CPU; use float32 or bfloat16")
     if name == "float32" and device.type == "cuda":
@@ -94,6 +96,11 @@ def peak_memory(device):
     """Bytes: on CUDA of tensors, elsewhere of the process (0 where the system does not say)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:  # ru_maxrss begins with what the process had that started this one
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # not Linux
+        pass
     try:
         import resource
     except ImportError:  # Windows

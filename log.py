@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cli
+
 
 class Log:
     """log.jsonl, the terminal (a progress bar, or plain lines where there is none) and wandb.
@@ -41,9 +43,7 @@ class Log:
         if kept and kept[-1].get("step") == step:
             self.pending = kept[-1]
         lines = [json.dumps(record) + "\n" for record in kept]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, path)
+        cli.write_text(path, "".join(lines))
         self.file = open(path, "r+", encoding="utf-8")  # noqa: SIM115  closed by close()
         self.end = len("".join(lines[:-1] if self.pending else lines).encode())  # where the next record goes
         if sys.stdout.isatty():

@@ -165,6 +165,18 @@ def draw_edge(axis, knots, points, x=None):
     axis.spines[:].set_visible(False)
 
 
+def load_splines(run):
+    """(model, {name: KANLayer}, info) of a run's folder; ValueError if it has none."""
+    import checkpoint
+    from kan_layer import KANLayer
+
+    model, _, info = checkpoint.load_model(run)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, KANLayer)}
+    if not layers:
+        raise ValueError(f"the model in {run} has no splines: its mlp is {model.config.mlp}")
+    return model, layers, info
+
+
 def curves_figure(run, path, per_layer=6):
     """A trained network, a row a KANLayer: its most active curves over the histograms of what enters them, the share of
     its inputs outside the domain, and its curvature. Returns the path.
@@ -176,15 +188,9 @@ def curves_figure(run, path, per_layer=6):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    import checkpoint
-    from kan_layer import KANLayer
-
     if per_layer < 1:
         raise ValueError(f"per_layer must be at least 1, got {per_layer}")
-    model, _, info = checkpoint.load_model(run)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, KANLayer)}
-    if not layers:
-        raise ValueError(f"the model in {run} has no splines: its mlp is {model.config.mlp}")
+    model, layers, info = load_splines(run)
     edges = {}
     for layer in layers.values():
         top = layer.edge_activity().flatten().topk(min(per_layer, layer.in_features * layer.out_features)).indices

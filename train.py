@@ -109,8 +109,10 @@ class TrainConfig:
         for name, value in vars(self).items():
             if (name in above and not value > 0) or (name in at_least and not value >= 0):
                 raise ValueError(f"{name} must be {'above' if name in above else 'at least'} 0, got {value}")
-            if (name in ("beta1", "beta2") and not 0 <= value < 1) or (name == "min_lr" and not 0 <= value <= 1):
+            if name in ("beta1", "beta2") and not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+        if not 0 <= self.min_lr <= 1:
+            raise ValueError(f"min_lr must be from 0 to 1, got {self.min_lr}")
         if not 0 < self.kan_smoothness_end <= 1:
             raise ValueError(f"kan_smoothness_end must be above 0 and at most 1, got {self.kan_smoothness_end}")
         if list(self.kan_refine_at) != sorted(set(self.kan_refine_at)) or min(self.kan_refine_at, default=1) < 1:
@@ -160,7 +162,7 @@ def divide_batch(config, world):
         lower = config.batch_tokens // unit * unit
         raise ValueError(
             f"batch_tokens = {config.batch_tokens} must be a multiple of block_size * processes = {unit}; "
-            f"try {lower or unit} or {lower + unit}"
+            f"try {f'{lower} or ' if lower else ''}{lower + unit}"
         )
     sequences = config.batch_tokens // unit
     most = min(sequences, config.micro_batch or max(1, 32768 // config.block_size))
@@ -333,7 +335,11 @@ def _train(config, world, device):
 
     def prepare():
         """(the model compiled, the same as it trains, its tables, its other parameters): anew when tables change."""
-        fast = torch.compile(model) if use_compile else model
+        fast = model
+        if use_compile:
+            torch._dynamo.reset()  # each refinement's graphs would count towards a limit
+            # Else a last, smaller batch of validation would make the batch a variable, in training too.
+            fast = torch.compile(model, dynamic=False)
         ids = [device.index] if device.type == "cuda" else None
         training = DistributedDataParallel(fast, device_ids=ids) if world.distributed else fast
         groups = model.parameter_groups()
@@ -389,21 +395,20 @@ def _train(config, world, device):
     try:
         while True:
             # Evaluate first, so that the end is always evaluated and max_steps is exact.
+            is_best = due = False
             if not stopped and not evaluated and (step % config.eval_interval == 0 or step == config.max_steps):
                 val_loss, stopped = evaluate(fast_model, data, starts, micro_batch, context, device, world, stop)
                 if not stopped:
                     if not math.isfinite(val_loss):
                         raise diverged(config, step, f"validation loss {val_loss}; stopped before it was saved")
                     record["val_loss"] = val_loss
-                if not stopped and (step > 0 or config.max_steps == 0):
-                    is_best, best = val_loss < best, min(val_loss, best)
-                    if log:
-                        save(is_best)
+                    due = step > 0 or config.max_steps == 0
+                    is_best, best = (val_loss < best, min(val_loss, best)) if due else (False, best)
             evaluated = False
             if log:
-                if stopped and step > 0:
-                    save(False)
-                log.write(record)
+                log.write(record)  # first: resuming forgets what a log has after a checkpoint, but can't make it up
+                if due or (stopped and step > 0):
+                    save(is_best)
             if stopped or step >= config.max_steps:
                 break
             if step in config.kan_refine_at:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+import cli
 from data import tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -60,9 +61,7 @@ def write(folder, words, pieces, source):
         (folder / "meta.json").unlink(missing_ok=True)  # the folder is no data set while its files are being exchanged
         for split in SPLITS:
             os.replace(partial[split], folder / f"{split}.bin")
-        temporary = folder / f"meta.json.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(temporary, folder / "meta.json")
+        cli.write_text(folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1))
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)

@@ -110,12 +110,15 @@ class BPE:
 def from_spec(spec):
     """The tokenizer a spec describes. Raises ValueError for a spec of no known kind."""
     kind = spec.get("kind") if isinstance(spec, dict) else None
-    if kind == "characters":
-        return Characters(spec["characters"])
-    if kind == "bytes":
-        return Bytes()
-    if kind == "bpe":
-        return BPE(spec["name"], spec["pattern"], [base64.b64decode(token) for token in spec["ranks"].split()])
+    try:
+        if kind == "characters":
+            return Characters(spec["characters"])
+        if kind == "bytes":
+            return Bytes()
+        if kind == "bpe":
+            return BPE(spec["name"], spec["pattern"], [base64.b64decode(token) for token in spec["ranks"].split()])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the tokenizer in the metadata is damaged ({error!r}); prepare the data again") from None
     raise ValueError(f"unknown tokenizer {kind!r} in the metadata; prepare the data again")
 
 

@@ -23,10 +23,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import checkpoint
 import cli
 import plot
-from kan_layer import KANLayer
 from kan_parameterizations import hats, search
 
 SHARES = (0.25, 0.5, 0.75, 0.9)  # of edges that are pruned
@@ -102,10 +100,7 @@ def pruned(layer, seen, drop):
 
 def main(arguments):
     options = cli.parse(Options, arguments)
-    model, _, info = checkpoint.load_model(options.run)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, KANLayer)}
-    if not layers:
-        raise ValueError(f"the model in {options.run} has no splines: its mlp is {model.config.mlp}")
+    model, layers, info = plot.load_splines(options.run)
     windows = plot.validation_windows(info)
     if not windows:
         raise ValueError(f"{options.run} needs the data it was trained on: {info['train']['data']}")

@@ -66,15 +66,19 @@ def everything(sms):
             for number in range(len(gpu.choices(kernel, kind, sm // 10, KNOTS))):
                 yield kernel.fn.__name__, kind, sm, number
         yield "look_up_kernel", HALF, sm, 0
+        yield "add_kernel", HALF, sm, 0
 
 
 def build(name, kind, sm, number):
     kernel = getattr(gpu, name)
     if name == "look_up_kernel":
         tile, options = dict(gpu.LOOK_UP), dict(num_warps=4)
+    elif name == "add_kernel":
+        tile, options = dict(PARTS=64, BN=gpu.ADD), dict(num_warps=4)
     else:
         chosen = gpu.choices(kernel, kind, sm // 10, KNOTS)[number]
-        tile, options = chosen.kwargs, dict(num_warps=chosen.num_warps, num_stages=chosen.num_stages)
+        tile = chosen.kwargs
+        options = dict(num_warps=chosen.num_warps, num_stages=chosen.num_stages, maxnreg=chosen.maxnreg)
     constants = {**tile, "N": KNOTS, "TF32": kind == TF32}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     product = "bf16" if kind == HALF else "fp32"
@@ -82,14 +86,15 @@ def build(name, kind, sm, number):
     for argument in kernel.arg_names:
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument in ("x", "out"):
+        elif argument in ("x", "out", "sums"):
             signature[argument] = "*fp32"
         elif argument in ("table", "y", "g", "slopes"):
             signature[argument] = f"*{product}"
         else:
             signature[argument] = "fp32" if argument == "scale" else "i32"
     # As at run time: addresses, and sizes that are multiples of 16, are known to be aligned.
-    aligned = [k for k, t in enumerate(signature.values()) if t[0] == "*" or kernel.arg_names[k] in ("F", "O")]
+    sizes = "F", "O", "per_part"
+    aligned = [k for k, t in enumerate(signature.values()) if t[0] == "*" or kernel.arg_names[k] in sizes]
     attributes = {(k,): [["tt.divisibility", 16]] for k in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
@@ -106,7 +111,7 @@ def inspect(name, kind, sm, tile, warps, compiled):
         wrong.append(f"{shared:.0f} KiB shared")
     if resources["REG"] < 16:
         wrong.append("nothing but a trap")
-    if name != "look_up_kernel" and kind != FULL and not tensor:
+    if name not in ("look_up_kernel", "add_kernel") and kind != FULL and not tensor:
         wrong.append("no tensor cores")
     blocks = min(65536 // (max(resources["REG"], 1) * 32 * warps), int((SHARED[sm] + 1) // (shared + 1)), 64 // warps)
     kilobytes, megaflops = step(name, kind, tile)
@@ -166,8 +171,10 @@ def step(name, kind, tile):
     elif name == "input_gradient_kernel":
         read = (tile["BM"] + tile["BF"]) * tile["BK"] * size
         flops = 2 * tile["BM"] * tile["BF"] * tile["BK"]
-    else:
+    elif name == "look_up_kernel":
         read, flops = 2 * tile["BF"] * tile["BN"] * size, 4 * tile["BF"] * tile["BN"]
+    else:
+        read, flops = 4 * tile["PARTS"] * tile["BN"], tile["PARTS"] * tile["BN"]
     return read / 1024, flops / 1e6
 
 

@@ -43,6 +43,10 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 # for the tuner alone: the power of two that B is rounded up to.
 
 
+# Whether B is a multiple of 16 makes no better code: it need not be compiled anew for those that are.
+jit = triton.jit(do_not_specialize=["B", "bucket"])
+
+
 @triton.jit
 def hat(x, n, scale, N: tl.constexpr):
     """Hat n at x. The first and the last piece go on beyond the domain, as 1 - t and t do. NaN stays NaN."""
@@ -88,20 +92,25 @@ def tile_of(pid, rows, columns, GROUP: tl.constexpr):
     return first + within % height, within // height
 
 
-@triton.jit
+@jit
 def forward_kernel(
-    x, table, y, B, F, O, scale, bucket,
+    x, table, y, B, F, O, scale, per_part, bucket,
     N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, KNOTS: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """A tile (BM, BN) of y; a step takes BF features and KNOTS of their knots."""
+    """A tile (BM, BN) of y, (parts, B, O), over a part of the features: BF of them, KNOTS of their knots a step.
+
+    per_part is a multiple of BF.
+    """
     row, column = tile_of(tl.program_id(0), tl.cdiv(B, BM), tl.cdiv(O, BN), 8)
     b, f, o = row * BM + tl.arange(0, BM), tl.arange(0, BF), column * BN + tl.arange(0, BN)
+    first = tl.program_id(1) * per_part
+    last = tl.minimum(F, first + per_part)
     x += row.to(tl.int64) * BM * F
     at_x, at_table = tl.arange(0, BM)[:, None] * F + f[None, :], f[:, None] * (N * O) + o[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     ends: tl.constexpr = 4 if KNOTS > 1 else 0
     if ends > 0:  # the first two and the last two knots
-        for f0 in range(0, F, BF):
+        for f0 in range(first, last, BF):
             inside = f0 + f < F
             p = tl.load(x + f0 + at_x, mask=(b < B)[:, None] & inside[None, :], other=0.0)
             for k in tl.static_range(ends):
@@ -111,8 +120,8 @@ def forward_kernel(
                 acc = multiply(a.to(c.dtype), c, acc, TF32)
     left: tl.constexpr = N - ends
     groups: tl.constexpr = (left + KNOTS - 1) // KNOTS
-    for step in range(tl.cdiv(F, BF) * groups):
-        f0, n0 = step // groups * BF, step % groups * KNOTS + ends // 2
+    for step in range(tl.cdiv(last - first, BF) * groups):
+        f0, n0 = first + step // groups * BF, step % groups * KNOTS + ends // 2
         inside = f0 + f < F
         p = tl.load(x + f0 + at_x, mask=(b < B)[:, None] & inside[None, :], other=0.0)
         for k in tl.static_range(KNOTS):
@@ -122,11 +131,11 @@ def forward_kernel(
             c = tl.load(table + (wide(f0) * N + n0 + k) * O + at_table, mask=there, other=0.0)
             a = inner_hat(p, n0 + k, scale, N) if ends > 0 else hat(p, n0 + k, scale, N)
             acc = multiply(a.to(c.dtype), c, acc, TF32)
-    y += b.to(tl.int64)[:, None] * O + o[None, :]
+    y += (tl.program_id(1).to(tl.int64) * B + b)[:, None] * O + o[None, :]
     tl.store(y, acc.to(y.dtype.element_ty), mask=(b < B)[:, None] & (o < O)[None, :])
 
 
-@triton.jit
+@jit
 def table_gradient_kernel(
     x, g, out, B, F, O, scale, per_part, bucket,
     N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KNOTS: tl.constexpr, TF32: tl.constexpr,
@@ -156,7 +165,7 @@ def table_gradient_kernel(
         tl.store(out + O, more.to(out.dtype.element_ty), mask=here & there & (n + 1 < N))
 
 
-@triton.jit
+@jit
 def input_gradient_kernel(
     x, g, slopes, out, B, F, O, scale, bucket,
     N: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, TF32: tl.constexpr,
@@ -183,12 +192,12 @@ def input_gradient_kernel(
     tl.store(out + at, acc * scale, mask=inside & (interval(u, N) == n))
 
 
-@triton.jit
+@jit
 def look_up_kernel(
     x, table, out, B, F, O, scale, per_part,
     N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Part of the features of one token and BN outputs; out is (parts, B, O) in float32."""
+    """Part of the features of one token and BN outputs; out is (parts, B, O)."""
     b, part = tl.program_id(0), tl.program_id(1)
     o = tl.program_id(2) * BN + tl.arange(0, BN)
     acc = tl.zeros((BN,), tl.float32)
@@ -204,7 +213,16 @@ def look_up_kernel(
         below = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         above = tl.load(at + O, mask=inside, other=0.0).to(tl.float32)
         acc += tl.sum(below + t * (above - below), 0)
-    tl.store(out + (part.to(tl.int64) * B + b) * O + o, acc, mask=o < O)
+    tl.store(out + (part.to(tl.int64) * B + b) * O + o, acc.to(out.dtype.element_ty), mask=o < O)
+
+
+@triton.jit
+def add_kernel(sums, out, parts, size, PARTS: tl.constexpr, BN: tl.constexpr):
+    """BN numbers of out (size,), the sum of sums (parts, size); PARTS is parts rounded up to a power of two."""
+    part, at = tl.arange(0, PARTS), tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    inside = (part < parts)[:, None] & (at < size)[None, :]
+    total = tl.sum(tl.load(sums + part.to(tl.int64)[:, None] * size + at[None, :], mask=inside, other=0.0), 0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,8 +232,8 @@ def look_up_kernel(
 HALF, TF32, FULL = "half", "tf32", "full"  # of what the products are
 
 
-def config(warps, stages, **tile):
-    return triton.Config(tile, num_warps=warps, num_stages=stages)
+def config(warps, stages, registers=None, **tile):
+    return triton.Config(tile, num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
 CHOICES = {
@@ -236,20 +254,27 @@ CHOICES = {
     ],
     (table_gradient_kernel, TF32): [config(8, 3, BF=128, BN=128, BK=32, KNOTS=1)],
     (table_gradient_kernel, FULL): [config(4, 2, BF=64, BN=64, BK=16, KNOTS=1)],
-    (input_gradient_kernel, HALF): [config(8, 3, BM=128, BF=128, BK=64), config(4, 3, BM=64, BF=128, BK=64)],
+    (input_gradient_kernel, HALF): [
+        config(8, 3, BM=128, BF=128, BK=64),
+        config(8, 3, 128, BM=128, BF=128, BK=64),  # two blocks a multiprocessor; Triton 3.6 takes 176 otherwise
+        config(4, 3, BM=64, BF=128, BK=64),
+    ],
     (input_gradient_kernel, TF32): [config(8, 3, BM=128, BF=128, BK=32)],
     (input_gradient_kernel, FULL): [config(4, 2, BM=64, BF=64, BK=16)],
 }
 LOOK_UP = dict(BF=16, BN=128)  # nothing to tune: at few tokens the launch takes longer than the kernel
+ADD = 128
 
 
 def fits(kernel, chosen, major, N):
     """Whether a choice is any good on devices of this compute capability: what python -m kan_kernels.aot found."""
     tile = chosen.kwargs
+    if chosen.maxnreg:
+        return major == 9  # spills elsewhere
     if kernel is forward_kernel:
         if tile["KNOTS"] > 1 and major in (10, 11):  # several products in a row to one accumulator: a trap
             return False
-        if major == 8 and (tile["KNOTS"] > 1 or tile["BN"] == 256):  # spills
+        if major == 8 and (tile["KNOTS"] > 1 or tile["BN"] == 256):  # spills, or nearly
             return False
         return tile["KNOTS"] == 1 or N > 4  # there are inner knots
     if kernel is table_gradient_kernel and tile["KNOTS"] == 1 and tile["BN"] == 256:
@@ -263,7 +288,7 @@ def choices(kernel, kind, major, N):
 
 @functools.cache
 def tuned(kernel, kind, major, N):
-    return triton.autotune(choices(kernel, kind, major, N), key=["bucket", "F", "O"], cache_results=True)(kernel)
+    return triton.autotune(choices(kernel, kind, major, N), key=["bucket", "F", "O", "N"], cache_results=True)(kernel)
 
 
 def on_gpu(device):
@@ -329,23 +354,33 @@ def spline(
     """
     (B, F), (_, N, O) = x.shape, table.shape
     x, y = x.contiguous(), x.new_empty(B, O, dtype=dtype)
-    table = table.to(dtype).contiguous()
     if B == 0:
         return y
-    scale = (N - 1) / spline_width
-    if few >= B:
-        blocks = triton.cdiv(O, LOOK_UP["BN"])
-        parts, per_part = share(F, B * blocks, x.device, LOOK_UP["BF"])
-        sums = x.new_empty(parts, B, O)
+    looked_up, scale = few >= B, (N - 1) / spline_width
+    blocks = triton.cdiv(O, 128)
+    programs, least = (B * blocks, LOOK_UP["BF"]) if looked_up else (triton.cdiv(B, 128) * blocks, 64)
+    parts, per_part = share(F, programs, x.device, least)
+    sums = x.new_empty(parts, B, O) if parts > 1 else y
+    if looked_up:  # in the table as it is, since a copy in dtype would read all of it
         with on_gpu(x.device):
-            look_up_kernel[B, parts, blocks](x, table, sums, B, F, O, scale, per_part, N=N, **LOOK_UP)
-        return sums.sum(0).to(dtype)
+            arguments = x, table.contiguous(), sums, B, F, O, scale, per_part
+            look_up_kernel[B, parts, blocks](*arguments, N=N, **LOOK_UP)
+    else:
 
-    def grid(tile):
-        return (triton.cdiv(B, tile["BM"]) * triton.cdiv(O, tile["BN"]),)
+        def grid(tile):
+            return triton.cdiv(B, tile["BM"]) * triton.cdiv(O, tile["BN"]), parts
 
-    launch(forward_kernel, kind_of(dtype, tf32), grid, x, table, y, B, F, O, scale, B=B, N=N)
-    return y
+        arguments = x, table.to(dtype).contiguous(), sums, B, F, O, scale, per_part
+        launch(forward_kernel, kind_of(dtype, tf32), grid, *arguments, B=B, N=N)
+    return add(sums, y) if parts > 1 else y
+
+
+def add(sums, out):
+    """out, into which the sum of sums (parts, *out.shape) is written, in the parts' order and rounded once."""
+    parts, size = len(sums), out.numel()
+    with on_gpu(out.device):
+        add_kernel[(triton.cdiv(size, ADD),)](sums, out, parts, size, PARTS=triton.next_power_of_2(parts), BN=ADD)
+    return out
 
 
 @torch.library.custom_op("splinegpt_gpu::table_gradient", mutates_args=())
@@ -356,15 +391,16 @@ def table_gradient(g: Tensor, x: Tensor, N: int, spline_width: float, dtype: tor
     if B == 0:
         return g.new_zeros(F, N, O, dtype=dtype)
     parts, per_part = share(B, triton.cdiv(F, 128) * N * triton.cdiv(O, 128), x.device, 512)
-    out = g.new_empty(parts, F, N, O, dtype=torch.float32 if parts > 1 else dtype)
+    out = g.new_empty(F, N, O, dtype=dtype)
+    sums = g.new_empty(parts, F, N, O, dtype=torch.float32) if parts > 1 else out
 
     def grid(tile):
         knots = triton.cdiv(N, tile["KNOTS"])
         return (knots * triton.cdiv(F, tile["BF"]) * triton.cdiv(O, tile["BN"]), parts)
 
-    arguments = x, g, out, B, F, O, (N - 1) / spline_width, per_part
+    arguments = x, g, sums, B, F, O, (N - 1) / spline_width, per_part
     launch(table_gradient_kernel, kind_of(g.dtype, tf32), grid, *arguments, B=B, N=N)
-    return out[0] if parts == 1 else out.sum(0).to(dtype)
+    return add(sums, out) if parts > 1 else out
 
 
 @torch.library.custom_op("splinegpt_gpu::input_gradient", mutates_args=())

@@ -105,10 +105,9 @@ def test_budgets_are_equal(finished):
     steps = {arm: {run["steps"] for run in runs if run["arm"] == arm and "steps" in run} for arm in speeds}
     assert steps["relu2"] == steps["gelu"] == {12}
     assert steps["kan"] == {12, max(1, round(12 * speeds["relu2"] / speeds["kan"]))}
-    reference = next(speed for speed in content["speeds"].values() if speed["arm"] == "relu2")
     for speed in content["speeds"].values():
-        turns = [a / b for a, b in zip(speed["turns"], reference["turns"], strict=True)]
-        assert speed["ms"] == pytest.approx(statistics.median(turns) * reference["ms"]) and len(turns) == ablate.TURNS
+        turns = [a / b for a, b in zip(speed["turns"], speed["reference_turns"], strict=True)]
+        assert speed["ms"] == pytest.approx(statistics.median(turns) * speeds["relu2"]) and len(turns) == ablate.TURNS
 
 
 def test_the_best_try_goes_on_and_all_seeds_are_made(finished):
@@ -210,6 +209,79 @@ def test_a_cell_may_have_some_of_the_arms_and_tries_of_its_own(plan, tmp_path):
     assert tried == [5e-4, 5e-4] and len(runner.tries("all", "kan")) == 2
 
 
+@pytest.fixture
+def made_up(monkeypatch):
+    """Steps take a millisecond, losses are the learning rate's, and nothing is trained."""
+
+    def make(runner, runs):
+        for run in runs:
+            loss = run.options["learning_rate"] + run.seed
+            result = dict(
+                vars(run), val_loss=loss if loss < 1e9 else None, steps=1, batch_tokens=128, curve=[[1, loss]]
+            )
+            result.update(parameters=dict(total=9, non_embedding=9), flops_per_token=dict(other=9))
+            runner.results["runs"][run.key] = result
+        runner.save()
+
+    header = dict(device="cpu", cpu="", torch="")
+    one = lambda self, runs: ({arm: [1.0] * 3 for arm in runs}, dict.fromkeys(runs, 2**20), header)
+    monkeypatch.setattr(ablate.Runner, "take_turns", one)
+    monkeypatch.setattr(ablate.Runner, "make", make)
+
+
+def test_every_cell_that_was_made_is_in_the_tables(plan, tmp_path, made_up, recwarn):
+    # Two that differ in the number of steps alone share their timings; one may be called something else later; and one
+    # whose data are gone must not take the others with it.
+    cells = "[cells.short]\nmax_steps = 10\n[cells.long]\nmax_steps = 50\n\n[arms.relu2]"
+    kan = "tries = [{table_learning_rate = 1e-3}, {table_learning_rate = 1e-2}]", "tries = [{learning_rate = 1.0}, {}]"
+    changes = ("[arms.relu2]", cells), (kan[0], kan[1].replace("{}", "{learning_rate = 2.0}"))
+    ablate.main([plan(*changes), f"--out={tmp_path}"])
+    text = (tmp_path / "plan.md").read_text()
+    assert all(f"## {cell}, equal {m}" in text for cell in ("short", "long") for m in ablate.MEASURES)
+    renamed = ("[cells.long]", '[cells.far]\n[cells.gone]\ndata = "nowhere"\n[cells.far_away]')
+    ablate.main([plan(*changes, renamed), f"--out={tmp_path}", "--cells=short"])
+    assert "## far_away, equal seconds" in (text := (tmp_path / "plan.md").read_text()) and "## gone" not in text
+    assert "gone is left out of the tables: no data set 'nowhere'" in "".join(str(w.message) for w in recwarn)
+
+
+def test_an_arm_that_always_diverges_is_a_row_and_no_baseline(plan, tmp_path, made_up):
+    gelu = "tries = [{learning_rate = 1e-3}, {learning_rate = 1e30}]"
+    kan = "tries = [{table_learning_rate = 1e-3}, {table_learning_rate = 1e-2}]"
+    changes = (gelu, gelu.replace("1e-3", "1e20")), (kan, gelu)
+    ablate.main([plan(*changes), f"--out={tmp_path}"])
+    text = (tmp_path / "plan.md").read_text()
+    assert "| not finite |" in text and "missing" not in text and "| all | +0.0000 ± " in text
+
+
+def test_signals_reach_processes_in_sessions_of_their_own():
+    child = "import os, time; os.setsid(); print(os.getpid(), flush=True); time.sleep(60)"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    process = subprocess.Popen([sys.executable, "-c", parent, child], stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    ablate.signal_all(process, signal.SIGKILL)
+    assert process.wait(timeout=20) == -signal.SIGKILL
+    for _ in range(400):
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("it is still there")
+
+
+def test_several_processes_and_a_try_that_diverges(plan, tmp_path):
+    two = f"--launcher={sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
+    tries = "tries = [{learning_rate = 1e-3}, {learning_rate = 1e-2}]"
+    text = Path(plan((tries, tries.replace("1e-2", "1e30")), ("seeds = [1, 2]", "seeds = [1]"))).read_text()
+    path = tmp_path / "plan.toml"
+    path.write_text(text.split("[arms.gelu]")[0].replace('"relu2", "gelu"', '"relu2"'))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "ablate.py"), str(path), f"--out={tmp_path}", two], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    losses = {run["options"]["learning_rate"]: run["val_loss"] for run in results(tmp_path)["runs"].values()}
+    assert losses[1e30] is None and 0 < losses[1e-3] < 10
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_stopped_it_goes_on_where_it_was(plan, tmp_path, number):
     # The runs that a signal stops save, and end as if they had not been stopped.
@@ -242,11 +314,23 @@ def test_stopped_it_goes_on_where_it_was(plan, tmp_path, number):
         (('reference = "relu2"', 'reference = "relu"'), ["no arm 'relu'", "relu2, gelu, kan"]),
         (("seeds = [1, 2]", "seeds = [1, 1]"), ["seeds", "[1, 1]"]),
         (("seeds = [1, 2]", "sedes = [1, 2]"), ["unknown setting sedes", "did you mean seeds?"]),
+        (("seeds = [1, 2]", "seeds = 3"), ["seeds must be a list, got 3"]),
+        (("seeds = [1, 2]", 'seeds = ["a"]'), ["seeds must be different whole numbers"]),
+        (("[arms.relu2]", "[arms.relu2]\nbatch_tokens = 256"), ["batch_tokens must be the same for all arms"]),
+        (("[arms.relu2]", '[arms.relu2]\nequal_parameters = "no"'), ["equal_parameters must be a true or false"]),
+        (("{table_learning_rate = 1e-2}", "{kan_control_points = 9}"), ["tries may differ in", "kan_control_points"]),
+        (("{table_learning_rate = 1e-2}", "3"), ["a try must be a table, got 3"]),
+        (("[base]", "[base]\ntries = [{}]"), ["unknown option tries"]),
+        (("[arms.kan]", "[arms.kan]\nkan_refine_at = [5]"), ["kan_refine_at", 'equal = ["tokens"]']),
+        (("max_steps = 12", "max_steps = 0"), ["max_steps must be at least 1"]),
+        (("n_head = 2", "n_head = 3"), ["n_head = 3"]),
+        (("n_head = 2", "n_head = 2\ndecay_steps = 9"), ["unknown option decay_steps"]),
         (("n_embd = 16", "n_embed = 16"), ["unknown option n_embed", "did you mean n_embd?"]),
         (("n_embd = 16", "seed = 16"), ["unknown option seed"]),
         (("n_embd = 16", "learning_rate = -1"), ["learning_rate must be above 0"]),
         (("tries = [{table_learning_rate = 1e-3}, ", "tries = ["), ["same number of tries", "'kan': 1"]),
-        (('equal = ["tokens"]', 'equal = ["steps"]'), ["equal must be among tokens, seconds", "'steps'"]),
+        (('equal = ["tokens"]', 'equal = ["steps"]'), ["equal must be a list of some of tokens, seconds", "'steps'"]),
+        (('equal = ["tokens"]', "equal = []"), ["equal must be a list of some of"]),
         (("[base]", "[base"), ["not valid TOML"]),
         (("data = ", "data = 'nowhere' # "), ["no data set 'nowhere'"]),
         (

@@ -55,7 +55,7 @@ def test_a_run_is_taken_apart_and_left_as_it_was(tiny, script):
     assert {"h.0.mlp.proj", "h.1.mlp.proj"} <= rows.keys()
     losses = [float(rows[name][0]) for name in ("as it is", "every curve a straight line", "gates at 1")]
     assert losses[0] < min(losses[1:])
-    # With all activity ordered, taking the least active quarter hurts less than a quarter at random.
+    # With all activity ordered, taking the least active three quarters hurts less than as many at random.
     least, chance = (float(loss) for loss in rows["75%"])
     assert losses[0] < least < chance
     after = checkpoint.load_model(config.out_dir)[0].state_dict()

@@ -353,6 +353,12 @@ def test_refine_refuses_what_would_not_keep_the_knots():
             KANLayer(2, 2, num_control_points=8).refine(number)
 
 
+def test_a_domain_without_inputs_is_refused():
+    for width in (1e3, 1e30):  # the latter's Gram matrix is not finite
+        with pytest.raises(ValueError, match="do not determine the control points"):
+            KANLayer(2, 2, num_control_points=8, parameterization="whitened", spline_width=width, smoothness=0.0)
+
+
 def test_a_refused_refinement_changes_nothing():
     layer = random_layer(3, 2, 4, parameterization="whitened", smoothness=0.0, spline_width=16.0)
     x, weight = torch.randn(5, 3), layer.kan_weight
