@@ -1,6 +1,7 @@
 """How well conditioned is a curve in each of its parameterizations? Tables and a figure for docs/layer.md.
 
     python docs/conditioning.py [--out docs/conditioning.png]           10 s
+    python docs/conditioning.py --cost                                  milliseconds of a layer in some of them, 20 s
 
 One curve of N control points on [-2, 2] is fitted to noisy samples y of a function at inputs x, uniform or unit-normal:
 
@@ -24,7 +25,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cli
-from bench import table
+from bench import Timer, table, take_turns
+from kan_layer import KANLayer
 from kan_parameterizations import PARAMETERIZATIONS, basis, gram, hats, search, second_differences
 
 POINTS, MUS, DENSITIES = (8, 32, 128), (0.0, 1.0, 100.0, 1e4), ("uniform", "normal")
@@ -35,6 +37,7 @@ SAMPLES = 1000
 @dataclass
 class Options:
     out: str = str(Path(__file__).with_suffix(".png"))  # the figure to write
+    cost: bool = False
 
 
 def knots(N):
@@ -114,8 +117,22 @@ def titled(title, header, rows):
     table(header, [[name, *map(text, cells)] for name, *cells in rows])
 
 
+def cost():
+    """Forward and backward of 768 tokens, C to C."""
+    names, rows = ("bspline", "whitened", "prefix_sum"), []
+    for C, N in ((128, 8), (384, 8), (384, 32), (384, 128)):
+        layers = [KANLayer(C, C, num_control_points=N, parameterization=name) for name in names]
+        timers = [Timer(layer, C, tokens=768) for layer in layers]
+        take_turns(timers, seconds=1.0)
+        rows.append((f"{C}, {N}", *(timer.both * 1e3 for timer in timers)))
+    table(("C, N", *names), rows)
+
+
 def main(arguments):
-    out = Path(cli.parse(Options, arguments).out)
+    options = cli.parse(Options, arguments)
+    if options.cost:
+        return cost()
+    out = Path(options.out)
     torch.set_num_threads(1)  # for such small matrices two take twenty times as long
     grams = {(N, density): gram(knots(N), density) for N in POINTS for density in DENSITIES}
     rows = []
