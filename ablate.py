@@ -13,7 +13,7 @@ One TOML says everything:
     [base]                          options of train.py, for all
     [cells.NAME]                    more of them: a corpus or a size, with tables of its own. A cell may have
     arms = ["swiglu", "kan"]        only some of the arms
-    tries = [...]                   its own for all of them, as below
+    tries.NAME = [...]              its own for an arm, as below
     [arms.NAME]                     more of them: what is compared. Beside these an arm may have
     tries = [{learning_rate = 1e-3}, ...]   one run each with the first seed; the best goes on. As many for every arm,
                                             and of nothing that makes a step longer
@@ -34,6 +34,7 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -109,7 +110,7 @@ class Plan:
         return {name: self.arms[name] for name in self.cells[cell].get("arms", self.arms)}
 
     def tries(self, cell, arm):
-        return self.cells[cell].get("tries", self.arms[arm].tries)
+        return self.cells[cell].get("tries", {}).get(arm, self.arms[arm].tries)
 
     def options(self, cell, arm, extra):
         """What differs from train.py's defaults in a run of this arm, before it is made as large as the reference."""
@@ -124,8 +125,11 @@ def read_plan(path):
     check_kinds(content, path, base=dict, cells=dict, arms=dict, seeds=list, equal=list, reference=str, baselines=list)
     for where, settings in [*content.get("cells", {}).items(), *content.get("arms", {}).items()]:
         check_kinds({where: settings}, path, **{where: dict})
-        check_kinds(settings, f"{path}: {where}", equal=list, equal_parameters=bool, tries=list)
-        for extra in settings.get("tries", []):
+        lists = settings.get("tries", {}) if where in content.get("cells", {}) else {where: settings.get("tries", [])}
+        check_kinds(dict(tries=lists), f"{path}: {where}", tries=dict)
+        check_kinds(settings, f"{path}: {where}", equal=list, equal_parameters=bool, arms=list)
+        check_kinds(lists, f"{path}: {where}: tries", **dict.fromkeys(lists, list))
+        for extra in itertools.chain(*lists.values()):
             check_kinds({"a try": extra}, f"{path}: {where}", **{"a try": dict})
     if not content.get("arms"):
         raise ValueError(f"{path} has no arms; name at least one: [arms.NAME]")
@@ -149,7 +153,7 @@ def read_plan(path):
         if name not in arms:
             raise ValueError(f"{path}: no arm {name!r}; the arms are {', '.join(arms)}")
     for cell, content in plan.cells.items():
-        for name in content.get("arms", []):
+        for name in [*content.get("arms", []), *content.get("tries", [])]:
             if name not in arms:
                 raise ValueError(f"{path}: no arm {name!r} for cell {cell}; the arms are {', '.join(arms)}")
         if plan.reference not in plan.arms_of(cell):
@@ -305,10 +309,10 @@ class Runner:
         return not diverged
 
     def timed(self, cell):
-        """What is timed: every arm's first try, without evaluations."""
+        """What is timed: every arm without evaluations, at rates that do no harm."""
         endless = dict(max_steps=10**9, eval_interval=10**9, eval_tokens=1)
-        first = {name: self.plan.tries(cell, name)[0] for name in self.plan.arms_of(cell)}
-        return {name: self.run(cell, name, 0, {**extra, **endless}) for name, extra in first.items()}
+        endless.update(learning_rate=1e-4, table_learning_rate=1e-4)
+        return {name: self.run(cell, name, 0, endless) for name in self.plan.arms_of(cell)}
 
     def speed_key(self, run):
         return f"{run.key}-{self.threads}"
@@ -375,9 +379,7 @@ class Runner:
         while lines(log) < number:
             if process.poll() is not None:
                 self.finish(process)
-                raise ValueError(
-                    f"{shlex.join(process.args[1:])} has no finite loss while it is timed; lower its rates"
-                )
+                raise ValueError(f"{shlex.join(process.args[1:])} has no finite loss while it is timed")
             time.sleep(0.005)
 
     def make(self, runs):

@@ -201,12 +201,13 @@ def test_a_dry_run_trains_nothing(plan, tmp_path, capsys):
 
 
 def test_a_cell_may_have_some_of_the_arms_and_tries_of_its_own(plan, tmp_path):
-    cell = '[cells.few]\narms = ["relu2", "kan"]\ntries = [{learning_rate = 5e-4}]\n[cells.all]\n\n[arms.relu2]'
+    cell = '[cells.few]\narms = ["relu2", "kan"]\ntries.kan = [{learning_rate = 5e-4}, {}]\n[cells.all]\n\n[arms.relu2]'
     path = plan(("[arms.relu2]", cell))
     runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(tmp_path)))
     assert list(runner.timed("few")) == ["relu2", "kan"] and list(runner.timed("all")) == ["relu2", "gelu", "kan"]
-    tried = [run.options["learning_rate"] for arm in ("relu2", "kan") for run in runner.tries("few", arm)]
-    assert tried == [5e-4, 5e-4] and len(runner.tries("all", "kan")) == 2
+    tried = {arm: [run.options.get("learning_rate") for run in runner.tries("few", arm)] for arm in ("relu2", "kan")}
+    assert tried == {"relu2": [1e-3, 1e-2], "kan": [5e-4, None]}
+    assert [run.options["table_learning_rate"] for run in runner.tries("all", "kan")] == [1e-3, 1e-2]
 
 
 @pytest.fixture
@@ -321,6 +322,9 @@ def test_stopped_it_goes_on_where_it_was(plan, tmp_path, number):
         (("{table_learning_rate = 1e-2}", "{kan_control_points = 9}"), ["tries may differ in", "kan_control_points"]),
         (("{table_learning_rate = 1e-2}", "3"), ["a try must be a table, got 3"]),
         (("[base]", "[base]\ntries = [{}]"), ["unknown option tries"]),
+        (("[arms.relu2]", "[cells.a]\ntries.ka = [{}]\n[arms.relu2]"), ["no arm 'ka' for cell a"]),
+        (("[arms.relu2]", "[cells.a]\ntries = [{}]\n[arms.relu2]"), ["a: tries must be a table, got [{}]"]),
+        (("[arms.relu2]", "[cells.a]\ntries.kan = 3\n[arms.relu2]"), ["tries: kan must be a list, got 3"]),
         (("[arms.kan]", "[arms.kan]\nkan_refine_at = [5]"), ["kan_refine_at", 'equal = ["tokens"]']),
         (("max_steps = 12", "max_steps = 0"), ["max_steps must be at least 1"]),
         (("n_head = 2", "n_head = 3"), ["n_head = 3"]),
