@@ -34,7 +34,6 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -50,8 +49,10 @@ import time
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
+import typeguard
 import tyro
 
 import cli
@@ -84,6 +85,13 @@ class Options:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The plan
+
+
+# The types of what a plan, a cell and an arm may have, options of train.py left out.
+PLAN = dict(base=dict, cells=dict[str, dict], arms=dict[str, dict], seeds=list[int], reference=str, baselines=list[str])
+PLAN["equal"] = list[Literal[MEASURES]]
+CELL = dict(arms=list[str], tries=dict[str, list[dict]])
+ARM = dict(tries=list[dict], equal=PLAN["equal"], equal_parameters=bool)
 
 
 @dataclass
@@ -122,15 +130,11 @@ def read_plan(path):
     """The plan in a TOML file, checked; ValueError says what is wrong with it."""
     content = cli.load_toml(path, "plan")
     cli.check_names(content, sorted({field.name for field in fields(Plan)} - {"name"}), path, "setting")
-    check_kinds(content, path, base=dict, cells=dict, arms=dict, seeds=list, equal=list, reference=str, baselines=list)
-    for where, settings in [*content.get("cells", {}).items(), *content.get("arms", {}).items()]:
-        check_kinds({where: settings}, path, **{where: dict})
-        lists = settings.get("tries", {}) if where in content.get("cells", {}) else {where: settings.get("tries", [])}
-        check_kinds(dict(tries=lists), f"{path}: {where}", tries=dict)
-        check_kinds(settings, f"{path}: {where}", equal=list, equal_parameters=bool, arms=list)
-        check_kinds(lists, f"{path}: {where}: tries", **dict.fromkeys(lists, list))
-        for extra in itertools.chain(*lists.values()):
-            check_kinds({"a try": extra}, f"{path}: {where}", **{"a try": dict})
+    check_types(content, PLAN, path)
+    for name, settings in content.get("cells", {}).items():
+        check_types(settings, CELL, f"{path}: cell {name}")
+    for name, settings in content.get("arms", {}).items():
+        check_types(settings, ARM, f"{path}: arm {name}")
     if not content.get("arms"):
         raise ValueError(f"{path} has no arms; name at least one: [arms.NAME]")
     equal = content.get("equal", ["tokens"])
@@ -161,11 +165,10 @@ def read_plan(path):
         tries = {name: len(plan.tries(cell, name)) for name in plan.arms_of(cell)}
         if len(set(tries.values())) > 1 or 0 in tries.values():
             raise ValueError(f"{path}: every arm must be tuned in the same number of tries, got {tries}")
-    for measures in (equal, *(arm.equal for arm in arms.values())):
-        if not measures or not set(measures) <= set(MEASURES):
-            raise ValueError(f"{path}: equal must be a list of some of {', '.join(MEASURES)}, got {measures!r}")
-    if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds) or not all(type(seed) is int for seed in plan.seeds):
-        raise ValueError(f"{path}: seeds must be different whole numbers, at least one, got {plan.seeds}")
+    if not all((equal, *(arm.equal for arm in arms.values()))):
+        raise ValueError(f"{path}: equal must name one of {', '.join(MEASURES)} or both, got []")
+    if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
+        raise ValueError(f"{path}: seeds must be different numbers, at least one, got {plan.seeds}")
     own = {"out_dir", "resume", "seed", "match_parameters", "decay_steps"}  # is ours to set, or not to be set
     known = sorted({field.name for field in fields(TrainConfig)} - own)
     for cell in plan.cells:
@@ -190,12 +193,14 @@ def read_plan(path):
     return plan
 
 
-def check_kinds(settings, where, **kinds):
-    """ValueError for the first of the settings that is of another kind than the TOML should have there."""
-    names = {dict: "table", list: "list", str: "name", bool: "true or false"}
-    for name, kind in kinds.items():
-        if name in settings and not isinstance(settings[name], kind):
-            raise ValueError(f"{where}: {name} must be a {names[kind]}, got {settings[name]!r}")
+def check_types(settings, types, where):
+    """ValueError for the first of the settings that is not of the type that the TOML should have there."""
+    for name, kind in types.items():
+        try:
+            every = typeguard.CollectionCheckStrategy.ALL_ITEMS
+            typeguard.check_type(settings.get(name, kind()), kind, collection_check_strategy=every)
+        except typeguard.TypeCheckError as error:
+            raise ValueError(f"{where}: {name}: {error}") from None
 
 
 def signal_all(process, number):
