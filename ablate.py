@@ -665,7 +665,7 @@ def figure(plan, compared, path):
             axis.set_ylabel("validation loss, nats")
             axis.grid(True, linewidth=0.3)
             axis.legend(fontsize=7)
-    return save_figure(drawing, path)
+    return save_figure(drawing, path, dpi=90)  # many cells make it large
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class Options:
     out: str = "loss.png"  # the picture to write
 
 
-def save_figure(figure, path):
+def save_figure(figure, path, dpi=150):
     """Write a figure whole or not at all."""
     import matplotlib.pyplot as plt
 
@@ -37,7 +37,7 @@ def save_figure(figure, path):
         raise ValueError(f"can't write a picture to {path}; name a .png, .pdf or .svg file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(temporary, dpi=150)
+    figure.savefig(temporary, dpi=dpi)
     os.replace(temporary, path)
     plt.close(figure)
     return path
