@@ -129,10 +129,12 @@ def test_sums_in_parts(dtype, monkeypatch):
     monkeypatch.setattr(gpu, "programs_wanted", lambda device: 1)
     whole = [run(*many, dtype), run(*few, dtype), run(*few, dtype, few=True)]
     monkeypatch.setattr(gpu, "programs_wanted", lambda device: 10_000)
-    assert gpu.share(1500, 1, None, 512) == (2, 1024) and gpu.share(200, 1, None, 64) == (2, 128)
+    assert gpu.share(1500, 1, None, 512) == (2, 1024) and gpu.share(100, 1, None, 16) == (4, 32)
+    assert gpu.share(200, 1, None, 64) == (2, 128)
     parts = [run(*many, dtype), run(*few, dtype), run(*few, dtype, few=True)]
     for got, want in zip(parts, whole, strict=True):
         close(got, want, dtype)
+    close(parts[2], parts[1], dtype)
 
 
 @pytest.mark.parametrize("dtype", EPS)
