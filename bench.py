@@ -42,6 +42,7 @@ import torch.nn.functional as F
 
 import cli
 import kan_kernels
+from device import memory
 from kan_evaluations import EVALUATIONS
 from kan_layer import KANLayer
 
@@ -160,15 +161,6 @@ def installed(name):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
-
-
-def memory(field):
-    """A field of /proc/self/status in bytes; nan where there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-    return math.nan
 
 
 def added_memory(call, device="cpu"):

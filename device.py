@@ -1,8 +1,11 @@
 """Where a run runs: processes, device, number format, compiler. Each choice that "auto" makes comes with its reason."""
 
+import contextlib
+import math
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -92,15 +95,22 @@ def choose_compile(name, device):
     return wanted, reason
 
 
+def memory(field):
+    """A field of /proc/self/status in bytes; nan where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return math.nan
+
+
 def peak_memory(device):
     """Bytes: on CUDA of tensors, elsewhere of the process (0 where the system does not say)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # ru_maxrss begins with what the process had that started this one
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):  # not Linux
-        pass
+    peak = memory("VmHWM")
+    if not math.isnan(peak):  # Linux, whose ru_maxrss begins with what the process had that started this one
+        return peak
     try:
         import resource
     except ImportError:  # Windows

@@ -146,6 +146,7 @@ def basis(name, knots, smoothness=100.0, density="normal"):
         return legendre(knots)
     D = second_differences(knots)
     A = gram(knots, density) + smoothness * D.T @ D
+    # What is not finite, eigh would refuse in its own words; zeros are refused below.
     values, vectors = torch.linalg.eigh(A) if A.isfinite().all() else (A.new_zeros(N), A)
     if not values[0] > 1e-12 * values[-1]:
         raise ValueError(
