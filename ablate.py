@@ -338,7 +338,7 @@ class Runner:
             # What is compared is taken from the same turn.
             ratio = statistics.median(a / b for a, b in zip(turns[arm], turns[reference], strict=True))
             measured = dict(ms=ratio * base, ratio=ratio, peak_memory=memory[arm], turns=turns[arm])
-            how = {name: header[name] for name in ("device", "cpu", "torch")}
+            how = {name: header[name] for name in ("device", "cpu", "matmul_gflops", "torch")}
             how.update(reference_turns=turns[reference], threads=self.threads)
             known[arm] = dict(cell=cell, arm=arm, **measured, **how)
             self.results["speeds"][self.speed_key(run)] = known[arm]
@@ -558,7 +558,7 @@ def report(runner, compared):
         f"steps. Errors are of unpaired means: of equal arms, two standard errors call one in eight different where "
         f"there are three seeds. ms: a training step with --threads={runner.threads}, alone on the machine: the "
         f"reference's median over {TURNS} turns, the others' by the median of their ratios to it turn by turn. "
-        f"Peak MB: of the process that was timed. Seconds are steps times ms.",
+        f"Peak MB: of the process that was timed. Seconds are steps times ms." + timed_on(runner, compared),
     ]
     summary = []
     for cell in plan.cells:
@@ -578,6 +578,17 @@ def report(runner, compared):
         lines = [line_of(plan, (cell, measure), row, rows) for row in rows]
         parts.append(f"## {cell}, equal {measure}\n\n" + markdown(head, lines))
     return "\n\n".join(parts) + "\n"
+
+
+def timed_on(runner, compared):
+    """The CPUs that steps were timed on, and what matrix products made of them: an MLP is as fast as these."""
+    rates = {}
+    for cell in dict.fromkeys(cell for cell, _ in compared):
+        for speed in runner.known_speeds(cell).values():
+            if speed["device"] == "cpu" and "matmul_gflops" in speed:
+                rates.setdefault(speed["cpu"], []).append(speed["matmul_gflops"])
+    lines = (f" {cpu}: float32 matrix products at {min(r):.0f} to {max(r):.0f} GFLOP/s." for cpu, r in rates.items())
+    return "".join(lines)
 
 
 def line_of(plan, where, row, rows):

@@ -3,7 +3,9 @@
 import contextlib
 import math
 import os
+import platform
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -93,6 +95,24 @@ def choose_compile(name, device):
             warnings.warn(f"{problem}; going on without", stacklevel=1)
             wanted, reason = False, "it does not work here"
     return wanted, reason
+
+
+def describe_cpu():
+    """What times on a CPU depend on: its name, its family (a virtual machine hides the name), its instruction set, and
+    what PyTorch makes of these: float32 matrix products in GFLOP/s, with as many threads as it uses."""
+    words = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            words[name.strip()] = value.strip()
+    name, family = words.get("model name") or platform.machine(), words.get("cpu family")
+    a, seconds = torch.ones(1024, 1024), math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        seconds = min(seconds, time.perf_counter() - start)
+    name += f" family {family}" if family else ""
+    return dict(cpu=f"{name}, {torch.backends.cpu.get_cpu_capability()}", matmul_gflops=2 * 1024**3 / seconds / 1e9)
 
 
 def memory(field):

@@ -165,6 +165,16 @@ def test_steps_are_timed_with_the_threads_that_runs_have(finished):
     assert set(known[threads]) == {"relu2", "gelu", "kan"} and not known[threads + 1]
 
 
+def test_the_report_says_how_fast_matrix_products_were(finished):
+    path, folder, _ = finished
+    speeds = results(folder)["speeds"].values()
+    rates = [speed["matmul_gflops"] for speed in speeds]
+    cpu = next(iter(speeds))["cpu"]
+    assert min(rates) > 1 and torch.backends.cpu.get_cpu_capability() in cpu
+    line = f"{cpu}: float32 matrix products at {min(rates):.0f} to {max(rates):.0f} GFLOP/s."
+    assert line in (folder / "plan.md").read_text()
+
+
 def test_no_verdict_while_runs_are_missing(finished):
     path, folder, _ = finished
     runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(folder), jobs=2))
