@@ -103,8 +103,8 @@ def describe_cpu():
     words = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines():
-            name, _, value = line.partition(":")
-            words[name.strip()] = value.strip()
+            key, _, value = line.partition(":")
+            words[key.strip()] = value.strip()
     name, family = words.get("model name") or platform.machine(), words.get("cpu family")
     a, seconds = torch.ones(1024, 1024), math.inf
     for _ in range(5):
