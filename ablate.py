@@ -585,7 +585,7 @@ def timed_on(runner, compared):
     rates = {}
     for cell in dict.fromkeys(cell for cell, _ in compared):
         for speed in runner.known_speeds(cell).values():
-            if speed["device"] == "cpu" and "matmul_gflops" in speed:
+            if speed.get("matmul_gflops"):  # not a GPU's, nor one that was timed before it was measured
                 rates.setdefault(speed["cpu"], []).append(speed["matmul_gflops"])
     lines = (f" {cpu}: float32 matrix products at {min(r):.0f} to {max(r):.0f} GFLOP/s." for cpu, r in rates.items())
     return "".join(lines)

@@ -97,31 +97,36 @@ def choose_compile(name, device):
     return wanted, reason
 
 
-def describe_cpu():
-    """What times on a CPU depend on: its name, its family (a virtual machine hides the name), its instruction set, and
-    what PyTorch makes of these: float32 matrix products in GFLOP/s, with as many threads as it uses."""
-    words = {}
+def field(file, name):
+    """What a file of "name: value" lines says, the first time it does; None where there is no such file or line."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines():
+        for line in Path(file).read_text(errors="replace").splitlines():  # a process may be called anything
             key, _, value = line.partition(":")
-            words[key.strip()] = value.strip()
-    name, family = words.get("model name") or platform.machine(), words.get("cpu family")
+            if key.strip() == name:
+                return value.strip()
+    return None
+
+
+def cpu_name():
+    """Of a CPU its name, its family (a virtual machine hides the name), and the instruction set PyTorch uses."""
+    name, family = field("/proc/cpuinfo", "model name") or platform.machine(), field("/proc/cpuinfo", "cpu family")
+    return f"{name}{f' family {family}' if family else ''}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def matmul_gflops():
+    """The rate of PyTorch's float32 matrix products on this CPU, with as many threads as it uses: an MLP is as fast."""
     a, seconds = torch.ones(1024, 1024), math.inf
     for _ in range(5):
         start = time.perf_counter()
         a @ a
         seconds = min(seconds, time.perf_counter() - start)
-    name += f" family {family}" if family else ""
-    return dict(cpu=f"{name}, {torch.backends.cpu.get_cpu_capability()}", matmul_gflops=2 * 1024**3 / seconds / 1e9)
+    return 2 * 1024**3 / seconds / 1e9
 
 
-def memory(field):
+def memory(name):
     """A field of /proc/self/status in bytes; nan where there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-    return math.nan
+    value = field("/proc/self/status", name)
+    return int(value.split()[0]) * 1024 if value else math.nan
 
 
 def peak_memory(device):

@@ -34,7 +34,7 @@ import checkpoint
 import cli
 import kan_parameterizations
 from data.bins import TokenData
-from device import World, choose_compile, choose_device, choose_dtype, describe_cpu, peak_memory
+from device import World, choose_compile, choose_device, choose_dtype, cpu_name, matmul_gflops, peak_memory
 from kan_layer import IMPLS, INITS
 from log import Log, git_hash, lock, move_aside
 from model import GPT, GPTConfig, count, match_parameters
@@ -377,7 +377,8 @@ def _train(config, world, device):
         header = dict(config=asdict(config), model=asdict(model_config), parameters=counts, flops_per_token=flops)
         header.update(git=git_hash(), python=platform.python_version(), torch=torch.__version__, started=time.time())
         header.update(device=str(device), dtype=str(dtype), processes=world.size, seed=config.seed, resumed_at=step)
-        header.update(**describe_cpu(), threads=torch.get_num_threads())
+        header.update(cpu=cpu_name(), threads=torch.get_num_threads())
+        header.update(matmul_gflops=matmul_gflops() if device.type == "cpu" else None)
         log = Log(config, header, step)
     record = log.pending if log and log.pending else dict(step=step)
     evaluated = world.sum([float("val_loss" in record)], device)[0] > 0  # where a resumed run had been before
