@@ -8,8 +8,10 @@
     python bench.py --evaluations         every entry of kan_evaluations.py, eager and compiled, at N of --points and at
                                           768 tokens, 384 to 384, or else the first of --tokens and --features; 8
                                           minutes; --device=cuda for a GPU
-    python bench.py --cuda                a GPU, bfloat16: blocks of LayerNorm and layer, decoding, steps of gpt2_124m;
-                                          4 minutes by estimate, nobody has run it yet
+    python bench.py --blocks              a GPU, bfloat16: LayerNorm and layer, 16,384 tokens, C of --features
+    python bench.py --decoding            a GPU, bfloat16: 1, 4 and 16 tokens
+    python bench.py --steps               a GPU: training steps of gpt2_124m
+    python bench.py --cuda                these three
 
 Prints Markdown tables and writes the same to --out as JSON. Times are milliseconds; only ratios of one run mean
 anything elsewhere: the machine's speed drifts, so a matrix product is timed in the same rounds and shares refer to it.
@@ -63,6 +65,9 @@ class Options:
     evaluations: bool = False
     device: str = "cpu"  # of --evaluations, or "cuda"
     cuda: bool = False
+    blocks: bool = False
+    decoding: bool = False
+    steps: bool = False
     out: str = "out/bench.json"
 
 
@@ -194,7 +199,7 @@ class Timer:
         count = max(1, min(64, 4096 // tokens // 8))
         self.xs = [torch.randn(tokens, inputs, device=device) for _ in range(count)]
         self.module, self.input_gradient, self.device = module, input_gradient, device
-        self.in_a_row = 10 if device == "cuda" else 1  # so that Python runs ahead, as in training
+        self.in_a_row = 3 if device == "cuda" else 1  # so that Python runs ahead, as in training
         with torch.no_grad():
             self.g = torch.randn_like(module(self.xs[0]))
         self.fwd = self.both = self.bwd = math.inf
@@ -610,7 +615,7 @@ def evaluations(options):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A GPU. Nobody has run this yet.
+# A GPU
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # flop/s in dense bfloat16, by data sheet
 
@@ -635,25 +640,66 @@ class Autocast(nn.Module):
             return self.module(x)
 
 
+class Replays:
+    """As Timer, from CUDA graphs: the kernels without Python, which in a whole model runs ahead of them."""
+
+    def __init__(self, module, inputs, tokens):
+        x = torch.randn(tokens, inputs, device="cuda", requires_grad=True)
+        g = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+
+        def forward():
+            with torch.no_grad():
+                module(x)
+
+        def both():
+            torch.autograd.grad(module(x), (x, *module.parameters()), g)
+
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            forward(), both()  # compiles and tunes
+        torch.cuda.current_stream().wait_stream(aside)
+        self.bytes = added_memory(both, "cuda")
+        self.graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        for graph, run in zip(self.graphs, (forward, both), strict=True):
+            with torch.cuda.graph(graph):
+                run()
+        self.times, self.turns = [math.inf] * 2, 0
+
+    def turn(self, seconds):
+        for part, graph in enumerate(self.graphs):
+            start = now("cuda")
+            for _ in range(10):
+                graph.replay()
+            self.times[part] = min(self.times[part], (now("cuda") - start) / 10)
+        self.turns += 1
+        return self.turns < 20
+
+    @property
+    def fwd(self):
+        return self.times[0]
+
+    @property
+    def both(self):
+        return self.times[1]
+
+
 def blocks_on_cuda(options):
     """LayerNorm and layer, 16,384 tokens, forward and backward under autocast, as in training."""
-    records, gemm, until = [], Gemm("cuda", torch.bfloat16, 8192), time.perf_counter() + 150
-    # What the goals are about comes first, in case that the time is used up.
-    for N in sorted(options.points, key=lambda N: (N not in (8, 32), N)):
+    records, gemm = [], Gemm("cuda", torch.bfloat16, 8192)
+    for N in options.points:
         for C in options.features:
-            if time.perf_counter() > until:
-                print(f"left out, since the time is used up: {C} to {C}, N = {N}")
-                continue
             torch._dynamo.reset()
             timers = {}
             for name, make in BLOCKS.items():
-                if not name.startswith(("splinegpt", "MLP")) and (N > 8 or C > 1024):  # seconds a step
+                quick = name.startswith(("splinegpt", "MLP"))
+                if not quick and (N > 8 or C > 768):  # seconds a step
                     continue
                 try:
                     with torch.device("cuda"):
                         module = Autocast(nn.Sequential(nn.LayerNorm(C), make(C, C, N)))
                     module = torch.compile(module) if name.endswith("compiled") else module
-                    timers[name] = Timer(module, C, 16384, device="cuda")
+                    timers[name] = Replays(module, C, 16384) if quick else Timer(module, C, 16384, device="cuda")
                 except Exception as error:  # theirs may want float32, or more memory than there is
                     print(f"{name}: left out, {str(error).splitlines()[0][:100]}")
                     torch.cuda.empty_cache()
@@ -666,7 +712,8 @@ def blocks_on_cuda(options):
                 records.append(dict(name=name, C=C, N=N, fwd=t.fwd, fwd_bwd=t.both, bytes=t.bytes))
             print(f"16,384 tokens, {C} to {C}, N = {N}; matrix product {gemm.flops / 1e12:.0f} TFLOP/s")
             table(("", "fwd", "fwd+bwd", "times the MLP", "share of its rate", "MB"), rows)
-    return records, dict(device=torch.cuda.get_device_name())
+            sys.stdout.flush()
+    return records, {}
 
 
 def decoding_on_cuda(options):
@@ -687,7 +734,7 @@ def decoding_on_cuda(options):
                             for x in xs:  # the same rows every time would stay in the cache
                                 stack(x)
                         best = math.inf
-                        for _ in range(50):
+                        for _ in range(20):
                             start = now("cuda")
                             for _ in range(4):
                                 graph.replay()
@@ -740,11 +787,14 @@ def main(arguments):
         raise ValueError(f"no nanoGPT in {options.nanogpt}: it has no model.py; clone github.com/karpathy/nanoGPT")
     if options.device != "cpu" and not (options.device == "cuda" and options.evaluations and torch.cuda.is_available()):
         raise ValueError(f"device is cpu, or with --evaluations cuda where there is a GPU, got {options.device!r}")
-    if options.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda needs a GPU, and PyTorch finds none here; leave it out")
+    on_gpu = [name for name in ("blocks", "decoding", "steps") if options.cuda or getattr(options, name)]
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError(
+            f"--{'cuda' if options.cuda else on_gpu[0]} needs a GPU, and PyTorch finds none here; leave it out"
+        )
     warnings.filterwarnings("ignore")  # what other libraries have to say about themselves
-    kernels = "CUDA" if options.cuda else "no kernels"
-    if not options.cuda and kan_kernels.available():
+    kernels = torch.cuda.get_device_name() if on_gpu else "no kernels"
+    if not on_gpu and kan_kernels.available():
         kernels = torch.ops.splinegpt_cpu.instruction_set()
     machine = dict(
         kernels=kernels, threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version()
@@ -752,10 +802,10 @@ def main(arguments):
     print(f"{kernels}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}", flush=True)
     modes = dict(
         against_n=against_n, model=models, kan_benchmarking=kan_benchmarking, evaluations=evaluations,
-        cuda=blocks_on_cuda, steps=steps_on_cuda, decoding=decoding_on_cuda,
+        blocks=blocks_on_cuda, decoding=decoding_on_cuda, steps=steps_on_cuda,
     )  # fmt: skip
-    what = [name for name in modes if getattr(options, name, options.cuda)]
-    if options.cuda:
+    what = [name for name in modes if name in on_gpu or getattr(options, name)]
+    if on_gpu:
         torch.set_float32_matmul_precision("high")
         torch._dynamo.config.recompile_limit = 64  # all blocks go through one forward, with and without gradients
     report = dict(machine, started=time.strftime("%Y-%m-%d %H:%M"), arguments=arguments)

@@ -37,6 +37,13 @@ TENSOR_CORES = {80: r"\bmma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma
 KNOTS = 8  # N
 FLOPS = {80: 2048, 90: 4096, 100: 8192}  # a cycle and multiprocessor, half precision on tensor cores
 SCHEDULERS = 4  # of a multiprocessor, an instruction of a warp each cycle
+SIMPLE = dict(  # kernels without a choice
+    look_up_kernel=gpu.LOOK_UP,
+    add_kernel=dict(PARTS=64, BN=gpu.ADD),
+    add_tiles_kernel=dict(BM=128, BN=256, R=8),
+    slopes_kernel=dict(BN=1024),
+    transpose_kernel=gpu.TRANSPOSE,
+)
 BYTES = {HALF: 2, TF32: 4, FULL: 4}
 DEVICES = {"H100": (989, 3.35), "H200": (989, 4.8)}  # dense bfloat16 Tflop/s, TB/s
 
@@ -63,45 +70,43 @@ def everything(sms):
     """(kernel's name, kind, sm, number among the choices), of all that may run."""
     for sm in sms:
         for kernel, kind in gpu.CHOICES:
-            for number in range(len(gpu.choices(kernel, kind, sm // 10, KNOTS))):
-                yield kernel.fn.__name__, kind, sm, number
-        yield "look_up_kernel", HALF, sm, 0
-        yield "add_kernel", HALF, sm, 0
+            for number in range(len(gpu.choices(kernel, kind, sm // 10))):
+                yield from ((kernel.fn.__name__, kind, sm, number, even) for even in (True, False))
+        yield from ((name, HALF, sm, 0, False) for name in SIMPLE)
 
 
-def build(name, kind, sm, number):
+def build(name, kind, sm, number, even):
     kernel = getattr(gpu, name)
-    if name == "look_up_kernel":
-        tile, options = dict(gpu.LOOK_UP), dict(num_warps=4)
-    elif name == "add_kernel":
-        tile, options = dict(PARTS=64, BN=gpu.ADD), dict(num_warps=4)
+    if name in SIMPLE:
+        tile, options = SIMPLE[name], dict(num_warps=8 if name == "look_up_kernel" else 4)
     else:
-        chosen = gpu.choices(kernel, kind, sm // 10, KNOTS)[number]
+        chosen = gpu.choices(kernel, kind, sm // 10)[number]
         tile = chosen.kwargs
         options = dict(num_warps=chosen.num_warps, num_stages=chosen.num_stages, maxnreg=chosen.maxnreg)
-    constants = {**tile, "N": KNOTS, "TF32": kind == TF32}
+    sizes = dict(N=KNOTS, KN=gpu.knots_at_once(KNOTS), SCALE=1.75, PARTS=5)
+    constants = {**sizes, **tile, "EVEN": even, "TF32": kind == TF32}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     product = "bf16" if kind == HALF else "fp32"
     signature = {}
     for argument in kernel.arg_names:
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument in ("x", "out", "sums"):
+        elif argument in ("x", "out", "sums", "constants"):
             signature[argument] = "*fp32"
         elif argument in ("table", "y", "g", "slopes"):
             signature[argument] = f"*{product}"
         else:
             signature[argument] = "fp32" if argument == "scale" else "i32"
     # As at run time: addresses, and sizes that are multiples of 16, are known to be aligned.
-    sizes = "F", "O", "per_part"
+    sizes = "F", "O", "per_part", "stride"
     aligned = [k for k, t in enumerate(signature.values()) if t[0] == "*" or kernel.arg_names[k] in sizes]
     attributes = {(k,): [["tt.divisibility", 16]] for k in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    return inspect(name, kind, sm, tile, options["num_warps"], compiled)
+    return inspect(name, kind, sm, tile, even, options["num_warps"], compiled)
 
 
-def inspect(name, kind, sm, tile, warps, compiled):
+def inspect(name, kind, sm, tile, even, warps, compiled):
     resources, code = disassemble(compiled.asm["cubin"])
     tensor = in_loops(compiled.asm["ptx"], TENSOR_CORES[sm])
     shared, wrong = compiled.metadata.shared / 1024, []
@@ -111,11 +116,11 @@ def inspect(name, kind, sm, tile, warps, compiled):
         wrong.append(f"{shared:.0f} KiB shared")
     if resources["REG"] < 16:
         wrong.append("nothing but a trap")
-    if name not in ("look_up_kernel", "add_kernel") and kind != FULL and not tensor:
+    if name not in SIMPLE and kind != FULL and not tensor:
         wrong.append("no tensor cores")
     blocks = min(65536 // (max(resources["REG"], 1) * 32 * warps), int((SHARED[sm] + 1) // (shared + 1)), 64 // warps)
     kilobytes, megaflops = step(name, kind, tile)
-    text = " ".join(f"{k}={v}" for k, v in tile.items())
+    text = " ".join(f"{k}={v}" for k, v in tile.items()) + (" even" if even else "")
     kernel = name.removesuffix("_kernel")
     issue = instructions(code) * warps / SCHEDULERS
     numbers = resources["REG"], shared, blocks * warps, tensor, kilobytes, megaflops, issue
@@ -161,20 +166,23 @@ def instructions(code):
 
 def step(name, kind, tile):
     """(KiB read, Mflop) of one turn of a block's loop."""
-    size, knots = BYTES[kind], tile.get("KNOTS", 1)
-    if name == "forward_kernel":
-        read = tile["BM"] * tile["BF"] * 4 + knots * tile["BF"] * tile["BN"] * size
-        flops = 2 * tile["BM"] * tile["BN"] * tile["BF"] * knots
-    elif name == "table_gradient_kernel":
-        read = tile["BF"] * tile["BK"] * 4 + tile["BK"] * tile["BN"] * size
-        flops = 2 * tile["BF"] * tile["BN"] * tile["BK"] * knots
-    elif name == "input_gradient_kernel":
-        read = (tile["BM"] + tile["BF"]) * tile["BK"] * size
-        flops = 2 * tile["BM"] * tile["BF"] * tile["BK"]
-    elif name == "look_up_kernel":
-        read, flops = 2 * tile["BF"] * tile["BN"] * size, 4 * tile["BF"] * tile["BN"]
+    size, KN = BYTES[kind], gpu.knots_at_once(KNOTS)
+    if name in SIMPLE:
+        if name == "look_up_kernel":
+            pairs = tile["BF"] * tile["BN"] * tile["STEPS"]
+            read, flops = 2 * pairs * size, 4 * pairs
+        elif name == "slopes_kernel":
+            read, flops = 2 * 4 * tile["BN"], tile["BN"]
+        elif name == "transpose_kernel":
+            read, flops = 4 * tile["BM"] * tile["BN"], 0
+        else:
+            rows = tile.get("R", 1) * tile.get("PARTS", 1)
+            read, flops = 4 * rows * tile["BN"], rows * tile["BN"]
     else:
-        read, flops = 4 * tile["PARTS"] * tile["BN"], tile["PARTS"] * tile["BN"]
+        BM, BN, BK = tile["BM"], tile["BN"], tile["BK"]
+        positions = BM * BK // KN * 4  # of which hats are made
+        left = BM * BK * size if name == "input_gradient_kernel" else positions
+        read, flops = left + BK * BN * size, 2 * BM * BN * BK
     return read / 1024, flops / 1e6
 
 

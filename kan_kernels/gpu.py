@@ -48,20 +48,11 @@ jit = triton.jit(do_not_specialize=["B", "bucket"])
 
 
 @triton.jit
-def hat(x, n, scale, N: tl.constexpr):
-    """Hat n at x. The first and the last piece go on beyond the domain, as 1 - t and t do. NaN stays NaN."""
-    inf = float("inf")
-    rising, falling = x * scale + ((N + 1) / 2 - n), -x * scale + ((3 - N) / 2 + n)
-    # Each side is cut off at 0, but not at the other end of an end piece; what has no such side gets infinity.
-    rising = tl.maximum(rising, tl.where(n == 0, inf, tl.where(n == 1, -inf, 0.0)), propagate_nan=NAN)
-    falling = tl.maximum(falling, tl.where(n == N - 1, inf, tl.where(n == N - 2, -inf, 0.0)), propagate_nan=NAN)
+def hat(u, rise, rise_from, fall, fall_from):
+    """Hats at u = x * scale, of knots with these constants (see knot_constants). NaN stays NaN."""
+    rising = tl.maximum(u + rise, rise_from, propagate_nan=NAN)
+    falling = tl.maximum(fall - u, fall_from, propagate_nan=NAN)
     return tl.minimum(rising, falling, propagate_nan=NAN)
-
-
-@triton.jit
-def inner_hat(x, n, scale, N: tl.constexpr):
-    """The same for 1 < n < N - 2, where no piece is an end piece."""
-    return tl.maximum(1 - tl.abs(x * scale + ((N - 1) / 2 - n)), 0.0)
 
 
 @triton.jit
@@ -94,126 +85,191 @@ def tile_of(pid, rows, columns, GROUP: tl.constexpr):
 
 @jit
 def forward_kernel(
-    x, table, y, B, F, O, scale, per_part, bucket,
-    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, KNOTS: tl.constexpr, TF32: tl.constexpr,
+    x, table, constants, y, B, F, O, per_part, bucket,
+    N: tl.constexpr, KN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr,
+    EVEN: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """A tile (BM, BN) of y, (parts, B, O), over a part of the features: BF of them, KNOTS of their knots a step.
+    """A tile (BM, BN) of y, (parts, B, O), over a part of the features: KN knots of BK / KN of them a step.
 
-    per_part is a multiple of BF.
+    per_part is a multiple of BK / KN. EVEN: the sizes are multiples of the tile's, nothing needs a mask.
     """
+    BF: tl.constexpr = BK // KN
+    groups: tl.constexpr = (N + KN - 1) // KN
     row, column = tile_of(tl.program_id(0), tl.cdiv(B, BM), tl.cdiv(O, BN), 8)
     b, f, o = row * BM + tl.arange(0, BM), tl.arange(0, BF), column * BN + tl.arange(0, BN)
+    k, n = tl.arange(0, BK), tl.arange(0, KN)
     first = tl.program_id(1) * per_part
     last = tl.minimum(F, first + per_part)
     x += row.to(tl.int64) * BM * F
-    at_x, at_table = tl.arange(0, BM)[:, None] * F + f[None, :], f[:, None] * (N * O) + o[None, :]
+    at_x, at_table = tl.arange(0, BM)[:, None] * F + f[None, :], (k % BF * N + k // BF)[:, None] * O + o[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
-    ends: tl.constexpr = 4 if KNOTS > 1 else 0
-    if ends > 0:  # the first two and the last two knots
-        for f0 in range(first, last, BF):
-            inside = f0 + f < F
-            p = tl.load(x + f0 + at_x, mask=(b < B)[:, None] & inside[None, :], other=0.0)
-            for k in tl.static_range(ends):
-                at = table + (wide(f0) * N + (k if k < 2 else N - ends + k)) * O + at_table
-                c = tl.load(at, mask=inside[:, None] & (o < O)[None, :], other=0.0)
-                a = hat(p, k if k < 2 else N - ends + k, scale, N)
-                acc = multiply(a.to(c.dtype), c, acc, TF32)
-    left: tl.constexpr = N - ends
-    groups: tl.constexpr = (left + KNOTS - 1) // KNOTS
     for step in range(tl.cdiv(last - first, BF) * groups):
-        f0, n0 = first + step // groups * BF, step % groups * KNOTS + ends // 2
-        inside = f0 + f < F
-        p = tl.load(x + f0 + at_x, mask=(b < B)[:, None] & inside[None, :], other=0.0)
-        for k in tl.static_range(KNOTS):
-            there = inside[:, None] & (o < O)[None, :]
-            if left % KNOTS != 0:
-                there = there & (n0 + k < N - ends // 2)
-            c = tl.load(table + (wide(f0) * N + n0 + k) * O + at_table, mask=there, other=0.0)
-            a = inner_hat(p, n0 + k, scale, N) if ends > 0 else hat(p, n0 + k, scale, N)
-            acc = multiply(a.to(c.dtype), c, acc, TF32)
+        f0, n0 = first + step // groups * BF, step % groups * KN
+        if EVEN:
+            p = tl.load(x + f0 + at_x)
+            c = tl.load(table + (wide(f0) * N + n0) * O + at_table)
+        else:
+            p = tl.load(x + f0 + at_x, mask=(b < B)[:, None] & (f0 + f < F)[None, :], other=0.0)
+            there = ((f0 + k % BF < F) & (n0 + k // BF < N))[:, None] & (o < O)[None, :]
+            c = tl.load(table + (wide(f0) * N + n0) * O + at_table, mask=there, other=0.0)
+        rise, rise_from = tl.load(constants + n0 + n), tl.load(constants + groups * KN + n0 + n)
+        fall, fall_from = tl.load(constants + 2 * groups * KN + n0 + n), tl.load(constants + 3 * groups * KN + n0 + n)
+        u = tl.broadcast_to((p * SCALE)[:, None, :], (BM, KN, BF))
+        a = hat(u, rise[None, :, None], rise_from[None, :, None], fall[None, :, None], fall_from[None, :, None])
+        acc = multiply(tl.reshape(a.to(c.dtype), (BM, BK)), c, acc, TF32)
     y += (tl.program_id(1).to(tl.int64) * B + b)[:, None] * O + o[None, :]
     tl.store(y, acc.to(y.dtype.element_ty), mask=(b < B)[:, None] & (o < O)[None, :])
 
 
 @jit
 def table_gradient_kernel(
-    x, g, out, B, F, O, scale, per_part, bucket,
-    N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KNOTS: tl.constexpr, TF32: tl.constexpr,
+    x, g, constants, out, sums, B, F, O, stride, multiprocessors, bucket,
+    N: tl.constexpr, KN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr,
+    PER_SM: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """Tiles (BF, BN) of dC, for one knot or (KNOTS = 2) two, over a part of the tokens; out is (parts, F, N, O)."""
-    groups: tl.constexpr = (N + KNOTS - 1) // KNOTS
-    pid, part = tl.program_id(0), tl.program_id(1)  # neighbours differ in their knot and read the same
-    n, tile = pid % groups * KNOTS, pid // groups
-    row, column = tile_of(tile, tl.cdiv(F, BF), tl.cdiv(O, BN), 8)
-    f, b, o = row * BF + tl.arange(0, BF), tl.arange(0, BK), column * BN + tl.arange(0, BN)
-    here, there = (f < F)[:, None], (o < O)[None, :]
-    at_x, at_g = b[None, :] * F + f[:, None], b[:, None] * O + o[None, :]
-    acc = tl.zeros((BF, BN), tl.float32)
-    more = tl.zeros((BF, BN), tl.float32)
-    first = part * per_part
-    last = tl.minimum(B, first + per_part)
+    """A tile of dC, (F, N, O): KN knots each of BM / KN features, BN outputs; BK tokens a step. x is (F, stride).
+
+    Tiles that would leave multiprocessors idle at the end are made in PARTS, each over a part of the tokens and stored
+    as a tile of sums (tiles, PARTS, BM, BN), to be added.
+    """
+    BF: tl.constexpr = BM // KN
+    groups: tl.constexpr = (N + KN - 1) // KN
+    pid, rows, columns = tl.program_id(0), tl.cdiv(F, BF) * groups, tl.cdiv(O, BN)
+    whole = rows * columns
+    if PARTS > 1:
+        whole -= whole % (multiprocessors * PER_SM)
+    late = pid >= whole
+    tile = tl.where(late, whole + (pid - whole) // PARTS, pid)
+    per_part = tl.cdiv(tl.cdiv(B, PARTS), BK) * BK
+    first = tl.where(late, (pid - whole) % PARTS * per_part, 0)
+    last = tl.where(late, tl.minimum(B, first + per_part), B)
+    row, column = tile_of(tile, rows, columns, 8)
+    n0, f0 = row % groups * KN, row // groups * BF
+    f, b, o = f0 + tl.arange(0, BF), tl.arange(0, BK), column * BN + tl.arange(0, BN)
+    here, there, n = (f < F)[:, None], (o < O)[None, :], tl.arange(0, KN)
+    at_x, at_g = f.to(tl.int64)[:, None] * stride + b[None, :], b[:, None] * O + o[None, :]
+    rise, rise_from = tl.load(constants + n0 + n), tl.load(constants + groups * KN + n0 + n)
+    fall, fall_from = tl.load(constants + 2 * groups * KN + n0 + n), tl.load(constants + 3 * groups * KN + n0 + n)
+    acc = tl.zeros((BM, BN), tl.float32)
     for start in range(first, last, BK):
         inside = start + b < last
-        p = tl.load(x + wide(start) * F + at_x, mask=inside[None, :] & here, other=0.0)
-        c = tl.load(g + wide(start) * O + at_g, mask=inside[:, None] & there, other=0.0)
-        acc = multiply(hat(p, n, scale, N).to(c.dtype), c, acc, TF32)
-        if KNOTS == 2:
-            more = multiply(hat(p, n + 1, scale, N).to(c.dtype), c, more, TF32)
-    out += ((part.to(tl.int64) * F + f)[:, None] * N + n) * O + o[None, :]
-    tl.store(out, acc.to(out.dtype.element_ty), mask=here & there)
-    if KNOTS == 2:
-        tl.store(out + O, more.to(out.dtype.element_ty), mask=here & there & (n + 1 < N))
+        if EVEN:
+            p, c = tl.load(x + start + at_x), tl.load(g + wide(start) * O + at_g)
+        else:
+            p = tl.load(x + start + at_x, mask=inside[None, :] & here, other=0.0)
+            c = tl.load(g + wide(start) * O + at_g, mask=inside[:, None] & there, other=0.0)
+        u = tl.broadcast_to((p * SCALE)[:, None, :], (BF, KN, BK))
+        a = hat(u, rise[None, :, None], rise_from[None, :, None], fall[None, :, None], fall_from[None, :, None])
+        acc = multiply(tl.reshape(a.to(c.dtype), (BM, BK)), c, acc, TF32)
+    r = tl.arange(0, BM)[:, None]
+    f, n = f0 + r // KN, n0 + r % KN
+    if late:
+        tl.store(sums + ((pid - whole).to(tl.int64) * BM + r) * BN + tl.arange(0, BN)[None, :], acc)
+    else:
+        to = out + (f.to(tl.int64) * N + n) * O + o[None, :]
+        tl.store(to, acc.to(out.dtype.element_ty), mask=(f < F) & (n < N) & there)
+
+
+@triton.jit
+def add_tiles_kernel(
+    sums, out, F, O, whole,
+    N: tl.constexpr, KN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """R rows of a tile of dC from its parts' sums (tiles, PARTS, BM, BN), in their order."""
+    BF: tl.constexpr = BM // KN
+    groups: tl.constexpr = (N + KN - 1) // KN
+    tile, r = whole + tl.program_id(0), tl.program_id(1) * R + tl.arange(0, R)
+    row, column = tile_of(tile, tl.cdiv(F, BF) * groups, tl.cdiv(O, BN), 8)
+    f, n, o = row // groups * BF + r // KN, row % groups * KN + r % KN, tl.arange(0, BN)
+    sums += tl.program_id(0).to(tl.int64) * PARTS * BM * BN + r[:, None] * BN + o[None, :]
+    total = tl.zeros((R, BN), tl.float32)
+    for part in range(PARTS):
+        total += tl.load(sums + part * BM * BN)
+    o += column * BN
+    out += (f.to(tl.int64) * N + n)[:, None] * O + o[None, :]
+    tl.store(out, total.to(out.dtype.element_ty), mask=((f < F) & (n < N))[:, None] & (o < O)[None, :])
 
 
 @jit
 def input_gradient_kernel(
     x, g, slopes, out, B, F, O, scale, bucket,
-    N: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, TF32: tl.constexpr,
+    N: tl.constexpr, KN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """A tile (BM, BF) of g @ S_n^T for one interval n; of it is kept what lies in that interval. slopes (F, N - 1, O).
+    """A tile (BM, BN) of g @ S^T, for KN intervals of BN / KN features, of which each token and feature keeps its own.
 
-    Every number of dx lies in one interval, so it is written once, by one of N - 1 programs.
+    Every number of dx lies in one interval, so it is written once. slopes (F, N - 1, O).
     """
-    blocks = tl.cdiv(F, BF)
-    row, column = tile_of(tl.program_id(0), tl.cdiv(B, BM), blocks * (N - 1), 8)
-    n, b, f = column // blocks, row * BM + tl.arange(0, BM), column % blocks * BF + tl.arange(0, BF)
-    o = tl.arange(0, BK)
+    BF: tl.constexpr = BN // KN
+    groups: tl.constexpr = (N - 2 + KN) // KN
+    row, column = tile_of(tl.program_id(0), tl.cdiv(B, BM), tl.cdiv(F, BF) * groups, 8)
+    n0, f0, k = column % groups * KN, column // groups * BF, tl.arange(0, BN)
+    b, o = row * BM + tl.arange(0, BM), tl.arange(0, BK)
     g += row.to(tl.int64) * BM * O
-    slopes += ((column % blocks).to(tl.int64) * BF * (N - 1) + n) * O
-    at_g, at_slopes = tl.arange(0, BM)[:, None] * O + o[None, :], tl.arange(0, BF)[None, :] * ((N - 1) * O) + o[:, None]
-    acc = tl.zeros((BM, BF), tl.float32)
+    slopes += (f0.to(tl.int64) * (N - 1) + n0) * O
+    at_g = tl.arange(0, BM)[:, None] * O + o[None, :]
+    at_slopes = (k % BF * (N - 1) + k // BF)[None, :] * O + o[:, None]
+    there = ((f0 + k % BF < F) & (n0 + k // BF < N - 1))[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, O, BK):
         inside = start + o < O
-        c = tl.load(g + start + at_g, mask=(b < B)[:, None] & inside[None, :], other=0.0)
-        s = tl.load(slopes + start + at_slopes, mask=(f < F)[None, :] & inside[:, None], other=0.0)
+        if EVEN:
+            c, s = tl.load(g + start + at_g), tl.load(slopes + start + at_slopes, mask=there, other=0.0)
+        else:
+            c = tl.load(g + start + at_g, mask=(b < B)[:, None] & inside[None, :], other=0.0)
+            s = tl.load(slopes + start + at_slopes, mask=there & inside[:, None], other=0.0)
         acc = multiply(c, s, acc, TF32)
+    f, n = f0 + tl.arange(0, BF), n0 + tl.arange(0, KN)
     at, inside = b.to(tl.int64)[:, None] * F + f[None, :], (b < B)[:, None] & (f < F)[None, :]
     u = tl.load(x + at, mask=inside, other=0.0) * scale + (N - 1) / 2
-    tl.store(out + at, acc * scale, mask=inside & (interval(u, N) == n))
+    i = interval(u, N).to(tl.int32)
+    d = tl.sum(tl.where(n[None, :, None] == i[:, None, :], tl.reshape(acc, (BM, KN, BF)), 0.0), 1)
+    tl.store(out + at, d * scale, mask=inside & (i >= n0) & (i < n0 + KN))
 
 
-@jit
+@triton.jit
+def transpose_kernel(x, out, B, F, stride, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile (BM, BN) of x (B, F) into out (F, stride)."""
+    b, f = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    tile = tl.load(x + b.to(tl.int64)[:, None] * F + f[None, :], mask=(b < B)[:, None] & (f < F)[None, :], other=0.0)
+    to = out + f.to(tl.int64)[:, None] * stride + b[None, :]
+    tl.store(to, tl.trans(tile), mask=(f < F)[:, None] & (b < B)[None, :])
+
+
+@triton.jit
+def slopes_kernel(table, out, size, O, N: tl.constexpr, BN: tl.constexpr):
+    """BN numbers of out (F, N - 1, O), the differences of neighbours in table (F, N, O); size is out's.
+
+    Differences are rounded, not made of what is rounded: that would be 10% off in bfloat16 at N = 128.
+    """
+    at = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    table += at + at // ((N - 1) * O) * O
+    below = tl.load(table, mask=at < size, other=0.0).to(tl.float32)
+    above = tl.load(table + O, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(out + at, (above - below).to(out.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
 def look_up_kernel(
-    x, table, out, B, F, O, scale, per_part,
-    N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr,
+    x, table, y, F, O, scale,
+    N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Part of the features of one token and BN outputs; out is (parts, B, O)."""
-    b, part = tl.program_id(0), tl.program_id(1)
-    o = tl.program_id(2) * BN + tl.arange(0, BN)
-    acc = tl.zeros((BN,), tl.float32)
-    first = part * per_part
-    last = tl.minimum(F, first + per_part)
-    for start in range(first, last, BF):
-        f = start + tl.arange(0, BF)
-        inside = (f < last)[:, None] & (o < O)[None, :]
-        u = tl.load(x + b.to(tl.int64) * F + f, mask=f < last, other=0.0) * scale + (N - 1) / 2
-        i = interval(u, N)
-        t = (u - i)[:, None]
-        at = table + (f.to(tl.int64) * N + i.to(tl.int32))[:, None] * O + o[None, :]
-        below = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        above = tl.load(at + O, mask=inside, other=0.0).to(tl.float32)
-        acc += tl.sum(below + t * (above - below), 0)
-    tl.store(out + (part.to(tl.int64) * B + b) * O + o, acc.to(out.dtype.element_ty), mask=o < O)
+    """BN outputs of one token; loads of STEPS times BF features are under way at once."""
+    b, o = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
+    x += b.to(tl.int64) * F
+    acc = tl.zeros((BF, BN), tl.float32)
+    for start in range(0, F, BF * STEPS):
+        for step in tl.static_range(STEPS):
+            f = start + step * BF + tl.arange(0, BF)
+            inside = (f < F)[:, None] & (o < O)[None, :]
+            u = tl.load(x + f, mask=f < F, other=0.0).to(tl.float32) * scale + (N - 1) / 2
+            i = interval(u, N)
+            t = (u - i)[:, None]
+            at = table + (f.to(tl.int64) * N + i.to(tl.int32))[:, None] * O + o[None, :]
+            below = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            above = tl.load(at + O, mask=inside, other=0.0).to(tl.float32)
+            acc += below + t * (above - below)
+    tl.store(y + b.to(tl.int64) * O + o, tl.sum(acc, 0).to(y.dtype.element_ty), mask=o < O)
 
 
 @triton.jit
@@ -229,6 +285,7 @@ def add_kernel(sums, out, parts, size, PARTS: tl.constexpr, BN: tl.constexpr):
 # Tiles. A short list for each kernel, timed on first use for a device, a dtype, F, N, O and B rounded up to a power of
 # two; Triton keeps the choice on disk. `python -m kan_kernels.aot` compiles all of them.
 
+Tensor = torch.Tensor
 HALF, TF32, FULL = "half", "tf32", "full"  # of what the products are
 
 
@@ -238,57 +295,94 @@ def config(warps, stages, registers=None, **tile):
 
 CHOICES = {
     (forward_kernel, HALF): [
-        config(8, 3, BM=128, BN=256, BF=64, KNOTS=1),
-        config(8, 2, BM=128, BN=256, BF=32, KNOTS=4),
-        config(4, 3, BM=128, BN=128, BF=16, KNOTS=4),
-        config(8, 3, BM=128, BN=128, BF=64, KNOTS=1),
-        config(4, 3, BM=64, BN=128, BF=32, KNOTS=1),
+        config(8, 3, BM=128, BN=256, BK=64),
+        config(8, 4, BM=128, BN=256, BK=64),
+        config(4, 3, BM=64, BN=256, BK=64),
+        config(8, 3, BM=128, BN=128, BK=64),
+        config(4, 3, BM=64, BN=128, BK=64),
     ],
-    (forward_kernel, TF32): [config(8, 3, BM=128, BN=128, BF=32, KNOTS=1)],
-    (forward_kernel, FULL): [config(4, 2, BM=64, BN=64, BF=16, KNOTS=1)],
+    (forward_kernel, TF32): [config(8, 3, BM=128, BN=128, BK=32)],
+    (forward_kernel, FULL): [config(4, 2, BM=64, BN=64, BK=16)],
     (table_gradient_kernel, HALF): [
-        config(8, 3, BF=128, BN=256, BK=64, KNOTS=1),
-        config(8, 3, BF=64, BN=256, BK=64, KNOTS=2),
-        config(8, 3, BF=128, BN=128, BK=64, KNOTS=1),
-        config(4, 3, BF=64, BN=128, BK=32, KNOTS=2),
+        config(8, 3, BM=128, BN=256, BK=64, PER_SM=1),
+        config(4, 3, BM=64, BN=256, BK=64, PER_SM=2),
+        config(4, 3, BM=64, BN=128, BK=64, PER_SM=2),
     ],
-    (table_gradient_kernel, TF32): [config(8, 3, BF=128, BN=128, BK=32, KNOTS=1)],
-    (table_gradient_kernel, FULL): [config(4, 2, BF=64, BN=64, BK=16, KNOTS=1)],
+    (table_gradient_kernel, TF32): [config(8, 3, BM=128, BN=128, BK=32, PER_SM=1)],
+    (table_gradient_kernel, FULL): [config(4, 2, BM=64, BN=64, BK=16, PER_SM=2)],
     (input_gradient_kernel, HALF): [
-        config(8, 3, BM=128, BF=128, BK=64),
-        config(8, 3, 128, BM=128, BF=128, BK=64),  # two blocks a multiprocessor; Triton 3.6 takes 176 otherwise
-        config(4, 3, BM=64, BF=128, BK=64),
+        config(8, 3, BM=128, BN=256, BK=64),
+        config(4, 3, BM=128, BN=128, BK=64),
+        config(4, 4, BM=64, BN=128, BK=64),
     ],
-    (input_gradient_kernel, TF32): [config(8, 3, BM=128, BF=128, BK=32)],
-    (input_gradient_kernel, FULL): [config(4, 2, BM=64, BF=64, BK=16)],
+    (input_gradient_kernel, TF32): [config(8, 3, BM=128, BN=128, BK=32)],
+    (input_gradient_kernel, FULL): [config(4, 2, BM=64, BN=64, BK=16)],
 }
-LOOK_UP = dict(BF=16, BN=128)  # nothing to tune: at few tokens the launch takes longer than the kernel
+LOOK_UP = dict(BF=128, BN=32, STEPS=8)  # for 8 warps
 ADD = 128
+TRANSPOSE = dict(BM=64, BN=64)
 
 
-def fits(kernel, chosen, major, N):
+def knots_at_once(count):
+    """KN, of so many knots or intervals: as many as fill a tile best, the most of those, 2 to 8."""
+    return min((8, 4, 2), key=lambda some: (triton.cdiv(count, some) * some, -some))
+
+
+def even(args):
+    """Whether the forward's, or a gradient's, loads need no mask."""
+    kn, bk = args["KN"], args["BK"]
+    if "slopes" in args:
+        return args["B"] % args["BM"] == 0 and args["O"] % bk == 0
+    if "per_part" in args:
+        return args["B"] % args["BM"] == args["F"] % (bk // kn) == args["O"] % args["BN"] == args["N"] % kn == 0
+    return args["B"] % bk == args["F"] % (args["BM"] // kn) == args["O"] % args["BN"] == 0  # parts are whole steps
+
+
+def tiles_of_table(args):
+    """(all tiles of the table's gradient, those left when every multiprocessor has as many as the others)."""
+    features = triton.cdiv(args["F"], args["BM"] // args["KN"])
+    tiles = features * triton.cdiv(args["N"], args["KN"]) * triton.cdiv(args["O"], args["BN"])
+    return tiles, tiles % (args["multiprocessors"] * args["PER_SM"])
+
+
+def parts_of_tokens(args):
+    """PARTS: into how many the tokens are divided for the tiles that are left, so that these take least time.
+
+    They may take one to three turns of all multiprocessors, each the shorter the more parts there are.
+    """
+    left, slots = tiles_of_table(args)[1], args["multiprocessors"] * args["PER_SM"]
+    most = max(1, args["B"] // 512)
+    tries = [max(1, min(turns * slots // left, most)) for turns in (1, 2, 3)] if left else [1]
+    return min(tries, key=lambda parts: (triton.cdiv(left * parts, slots) / parts, parts))
+
+
+DERIVED = {
+    forward_kernel: dict(EVEN=even),
+    table_gradient_kernel: dict(PARTS=parts_of_tokens, EVEN=even),
+    input_gradient_kernel: dict(EVEN=even),
+}
+
+
+def fits(kernel, chosen, major):
     """Whether a choice is any good on devices of this compute capability: what python -m kan_kernels.aot found."""
-    tile = chosen.kwargs
-    if chosen.maxnreg:
-        return major == 9  # spills elsewhere
-    if kernel is forward_kernel:
-        if tile["KNOTS"] > 1 and major in (10, 11):  # several products in a row to one accumulator: a trap
-            return False
-        if major == 8 and (tile["KNOTS"] > 1 or tile["BN"] == 256):  # spills, or nearly
-            return False
-        return tile["KNOTS"] == 1 or N > 4  # there are inner knots
-    if kernel is table_gradient_kernel and tile["KNOTS"] == 1 and tile["BN"] == 256:
-        return major not in (10, 11)  # spills, with Triton 3.6
-    return True
+    tile, small = chosen.kwargs, chosen.num_warps == 4
+    if major == 8:  # what spills there
+        if kernel is forward_kernel:
+            return tile["BN"] == 128
+        if kernel is table_gradient_kernel:
+            return not (small and tile["BN"] == 256)
+        return not (small and tile["BM"] == 128)
+    return kernel is not forward_kernel or tile != dict(BM=128, BN=128, BK=64)  # half as fast there
 
 
-def choices(kernel, kind, major, N):
-    return [chosen for chosen in CHOICES[kernel, kind] if fits(kernel, chosen, major, N)]
+def choices(kernel, kind, major):
+    return [chosen for chosen in CHOICES[kernel, kind] if fits(kernel, chosen, major)]
 
 
 @functools.cache
-def tuned(kernel, kind, major, N):
-    return triton.autotune(choices(kernel, kind, major, N), key=["bucket", "F", "O", "N"], cache_results=True)(kernel)
+def tuned(kernel, kind, major):
+    derived = triton.heuristics(DERIVED[kernel])(kernel)
+    return triton.autotune(choices(kernel, kind, major), key=["bucket", "F", "O", "N"], cache_results=True)(derived)
 
 
 def on_gpu(device):
@@ -300,36 +394,71 @@ def on_gpu(device):
     return torch.cuda.device(device)
 
 
-def launch(kernel, kind, grid, *arguments, B, N):
-    """Run a kernel; grid is a function of the tile's sizes."""
-    bucket, more = 1 << (B - 1).bit_length(), dict(N=N, TF32=kind == TF32)
-    if INTERPRETED.value:
-        tile = choices(kernel, kind, 9, N)[-1].kwargs
-        kernel[grid(tile)](*arguments, bucket, **more, **tile)
-        return
+def launch(kernel, kind, grid, *arguments, **constants):
+    """Run a kernel and return all its constants; grid is a function of all sizes by their names.
+
+    What was chosen is kept here for arguments like these: asking Triton's tuner takes longer than a small kernel.
+    """
+    B = arguments[kernel.arg_names.index("B")]
+    bucket, constants = 1 << max(0, B - 1).bit_length(), dict(constants, TF32=kind == TF32)
     device = arguments[0].device
+    key = kernel.__name__, device, *(a.dtype if isinstance(a, Tensor) else a for a in arguments), *constants.values()
     with on_gpu(device):
-        tuned(kernel, kind, torch.cuda.get_device_capability(device)[0], N)[grid](*arguments, bucket, **more)
+        if key not in LAUNCHES:
+            chosen = tile_for(kernel, kind, grid, *arguments, bucket, **constants)
+            sizes = {**dict(zip(kernel.arg_names, arguments)), **constants, **chosen}
+            for name, derive in DERIVED[kernel].items():
+                constants[name] = sizes[name] = derive(sizes)
+            LAUNCHES[key] = grid(sizes), {**constants, **chosen}
+        where, constants = LAUNCHES[key]
+        kernel[where](*arguments, bucket, **constants)
+    return constants
+
+
+LAUNCHES = {}
+
+
+def tile_for(kernel, kind, grid, *arguments, **constants):
+    """The quickest choice for these arguments, which Triton finds by running all."""
+    if INTERPRETED.value:
+        return choices(kernel, kind, 9)[-1].kwargs
+    run = tuned(kernel, kind, torch.cuda.get_device_capability(arguments[0].device)[0])
+    run[grid](*arguments, **constants)
+    return run.best_config.all_kwargs()
 
 
 @functools.cache
-def programs_wanted(device):
-    """Two for every multiprocessor."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+def knot_constants(N, KN, device):
+    """(4, knots): what hats at u = x * scale are made of, max(u + rise, from) on the left, max(fall - u, from) right.
+
+    The first and the last piece go on beyond the domain, as 1 - t and t do: a hat is cut off at 0, but not at the other
+    end of an end piece; what has no such side gets infinity. Knots are filled up to a multiple of KN.
+
+    From memory, since then Triton makes hats in the layout in which tensor cores take them; of what is made of
+    tl.arange it makes them in another and exchanges them through shared memory (Triton 3.6: 10% slower).
+    """
+    padded, inf = triton.cdiv(N, KN) * KN, float("inf")
+    n = torch.arange(padded, dtype=torch.float32)
+    rise_from, fall_from = torch.zeros(padded), torch.zeros(padded)
+    rise_from[0], rise_from[1], fall_from[N - 1], fall_from[N - 2] = inf, -inf, inf, -inf
+    return torch.stack(((N + 1) / 2 - n, rise_from, (3 - N) / 2 + n, fall_from)).to(device)
+
+
+@functools.cache
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def share(total, programs, device, least):
     """(parts, size of one): a sum of so many terms divided, where there would be too few programs, in parts of at least
     so many terms, a multiple of that. The parts' sums are added afterwards, in their order."""
-    parts = max(1, min(programs_wanted(device) // max(1, programs), total // least))
+    parts = max(1, min(2 * multiprocessors(device) // max(1, programs), total // least))
     size = triton.cdiv(triton.cdiv(total, parts), least) * least
     return triton.cdiv(total, size), size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Operators: PyTorch knows their shapes and gradients, so they compile, export and work in DDP and FSDP2.
-
-Tensor = torch.Tensor
 
 
 def kind_of(dtype, tf32):
@@ -348,31 +477,31 @@ def spline(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """y (B, O) in dtype, of x (B, F) in float32 and a table (F, N, O); up to `few` tokens are looked up.
+    """y (B, O) in dtype, of x (B, F) and a table (F, N, O); up to `few` tokens are looked up.
+
+    x is float32, or anything shorter where no gradient is wanted.
 
     If x is the layer norm of a source, that is kept for the backward in place of x.
     """
     (B, F), (_, N, O) = x.shape, table.shape
-    x, y = x.contiguous(), x.new_empty(B, O, dtype=dtype)
-    if B == 0:
-        return y
-    looked_up, scale = few >= B, (N - 1) / spline_width
-    blocks = triton.cdiv(O, 128)
-    programs, least = (B * blocks, LOOK_UP["BF"]) if looked_up else (triton.cdiv(B, 128) * blocks, 64)
-    parts, per_part = share(F, programs, x.device, least)
-    sums = x.new_empty(parts, B, O) if parts > 1 else y
-    if looked_up:  # in the table as it is, since a copy in dtype would read all of it
+    x, y, scale = x.contiguous(), x.new_empty(B, O, dtype=dtype), (N - 1) / spline_width
+    if 0 < B <= few:  # in the table as it is, since a copy in dtype would read all of it
         with on_gpu(x.device):
-            arguments = x, table.contiguous(), sums, B, F, O, scale, per_part
-            look_up_kernel[B, parts, blocks](*arguments, N=N, **LOOK_UP)
-    else:
+            grid = B, triton.cdiv(O, LOOK_UP["BN"])
+            look_up_kernel[grid](x, table.contiguous(), y, F, O, scale, N=N, **LOOK_UP, num_warps=8)
+    elif B > 0:
+        parts, per_part = share(F, triton.cdiv(B, 128) * triton.cdiv(O, 128), x.device, 64)
+        sums = x.new_empty(parts, B, O, dtype=torch.float32) if parts > 1 else y
 
         def grid(tile):
             return triton.cdiv(B, tile["BM"]) * triton.cdiv(O, tile["BN"]), parts
 
-        arguments = x, table.to(dtype).contiguous(), sums, B, F, O, scale, per_part
-        launch(forward_kernel, kind_of(dtype, tf32), grid, *arguments, B=B, N=N)
-    return add(sums, y) if parts > 1 else y
+        x, KN = x.float(), knots_at_once(N)
+        arguments = x, table.to(dtype).contiguous(), knot_constants(N, KN, x.device), sums, B, F, O, per_part
+        launch(forward_kernel, kind_of(dtype, tf32), grid, *arguments, N=N, KN=KN, SCALE=scale)
+        if parts > 1:
+            add(sums, y)
+    return y
 
 
 def add(sums, out):
@@ -390,17 +519,39 @@ def table_gradient(g: Tensor, x: Tensor, N: int, spline_width: float, dtype: tor
     g, x = g.contiguous(), x.contiguous()
     if B == 0:
         return g.new_zeros(F, N, O, dtype=dtype)
-    parts, per_part = share(B, triton.cdiv(F, 128) * N * triton.cdiv(O, 128), x.device, 512)
-    out = g.new_empty(F, N, O, dtype=dtype)
-    sums = g.new_empty(parts, F, N, O, dtype=torch.float32) if parts > 1 else out
+    out, KN, kind = g.new_empty(F, N, O, dtype=dtype), knots_at_once(N), kind_of(g.dtype, tf32)
+    sizes = dict(B=B, F=F, O=O, N=N, KN=KN, multiprocessors=multiprocessors(x.device))
+
+    def parts_of(tile):
+        """(whole tiles, those left, into how many parts these are divided)."""
+        args = {**sizes, **tile}
+        (tiles, left), parts = tiles_of_table(args), parts_of_tokens(args)
+        return (tiles - left, left, parts) if parts > 1 else (tiles, 0, 1)
 
     def grid(tile):
-        knots = triton.cdiv(N, tile["KNOTS"])
-        return (knots * triton.cdiv(F, tile["BF"]) * triton.cdiv(O, tile["BN"]), parts)
+        whole, left, parts = parts_of(tile)
+        return (whole + left * parts,)
 
-    arguments = x, g, sums, B, F, O, (N - 1) / spline_width, per_part
-    launch(table_gradient_kernel, kind_of(g.dtype, tf32), grid, *arguments, B=B, N=N)
-    return add(sums, out) if parts > 1 else out
+    def size_of_sums(tile):
+        _, left, parts = parts_of(tile)
+        return left * parts * tile["BM"] * tile["BN"]
+
+    major = 9 if INTERPRETED.value else torch.cuda.get_device_capability(x.device)[0]
+    sums = x.new_empty(max(size_of_sums(chosen.kwargs) for chosen in choices(table_gradient_kernel, kind, major)))
+    stride = triton.cdiv(B, 16) * 16  # so that rows are aligned
+    columns = x.new_empty(F, stride)
+    with on_gpu(x.device):
+        transpose_kernel[triton.cdiv(B, TRANSPOSE["BM"]), triton.cdiv(F, TRANSPOSE["BN"])](
+            x, columns, B, F, stride, **TRANSPOSE
+        )
+    arguments = columns, g, knot_constants(N, KN, x.device), out, sums, B, F, O, stride, sizes["multiprocessors"]
+    tile = launch(table_gradient_kernel, kind, grid, *arguments, N=N, KN=KN, SCALE=(N - 1) / spline_width)
+    whole, left, parts = parts_of(tile)
+    if left:
+        with on_gpu(x.device):
+            shape = dict(N=N, KN=KN, BM=tile["BM"], BN=tile["BN"], PARTS=parts, R=8)
+            add_tiles_kernel[left, tile["BM"] // 8](sums, out, F, O, whole, **shape)
+    return out
 
 
 @torch.library.custom_op("splinegpt_gpu::input_gradient", mutates_args=())
@@ -410,14 +561,16 @@ def input_gradient(g: Tensor, x: Tensor, table: Tensor, spline_width: float, tf3
     g, x, out = g.contiguous(), x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     if B == 0:
         return out
-    # Differences are rounded, not made of what is rounded: that is 10% off in bfloat16 at N = 128.
-    slopes = table.float().diff(dim=1).to(g.dtype).contiguous()
+    table, slopes, KN = table.contiguous(), g.new_empty(F, N - 1, O), knots_at_once(N - 1)
+    with on_gpu(x.device):
+        slopes_kernel[(triton.cdiv(slopes.numel(), 1024),)](table, slopes, slopes.numel(), O, N=N, BN=1024)
 
     def grid(tile):
-        return (triton.cdiv(B, tile["BM"]) * triton.cdiv(F, tile["BF"]) * (N - 1),)
+        columns = triton.cdiv(F, tile["BN"] // KN) * triton.cdiv(N - 1, KN)
+        return (triton.cdiv(B, tile["BM"]) * columns,)
 
     arguments = x, g, slopes, out, B, F, O, (N - 1) / spline_width
-    launch(input_gradient_kernel, kind_of(g.dtype, tf32), grid, *arguments, B=B, N=N)
+    launch(input_gradient_kernel, kind_of(g.dtype, tf32), grid, *arguments, N=N, KN=KN)
     return out
 
 

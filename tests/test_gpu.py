@@ -112,23 +112,23 @@ def test_every_tile_that_may_be_chosen(kernel, kind, monkeypatch):
     ][which]
     major = torch.cuda.get_device_capability()[0] if DEVICE == "cuda" else 9
     for tile in ALL_TILES[kernel, kind]:
-        if not gpu.fits(kernel, tile, major, 5):
+        if not gpu.fits(kernel, tile, major):
             continue
-        gpu.tuned.cache_clear()
+        gpu.tuned.cache_clear(), gpu.LAUNCHES.clear()
         monkeypatch.setitem(gpu.CHOICES, (kernel, kind), [tile])
         got = call().double().cpu().numpy()
         # TF32 has 10 bits of a mantissa, and the interpreter, which does not know it, 23.
         close([got], [want], torch.float16 if tf32 and DEVICE == "cuda" else dtype)
-    gpu.tuned.cache_clear()
+    gpu.tuned.cache_clear(), gpu.LAUNCHES.clear()
 
 
 @pytest.mark.parametrize("dtype", EPS)
 def test_sums_in_parts(dtype, monkeypatch):
     """The table's gradient over parts of the tokens, the others' sums over parts of the features."""
-    many, few = make(1500, 2, 3, 5, dtype), make(3, 200, 4, 70, dtype)
-    monkeypatch.setattr(gpu, "programs_wanted", lambda device: 1)
+    many, few = make(1500, 20, 3, 5, dtype), make(3, 200, 4, 70, dtype)  # many: two tiles, for two places
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 1)
     whole = [run(*many, dtype), run(*few, dtype), run(*few, dtype, few=True)]
-    monkeypatch.setattr(gpu, "programs_wanted", lambda device: 10_000)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 5_000)
     assert gpu.share(1500, 1, None, 512) == (2, 1024) and gpu.share(100, 1, None, 16) == (4, 32)
     assert gpu.share(200, 1, None, 64) == (2, 128)
     parts = [run(*many, dtype), run(*few, dtype), run(*few, dtype, few=True)]
