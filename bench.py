@@ -408,7 +408,8 @@ class Step:
         self.tables, self.clip = groups.pop("tables"), train.clip
         self.others = sum(groups.values(), [])
         T = self.config.block_size
-        self.windows = torch.randint(vocab_size, (self.config.batch_tokens // T, T + 1), device=device)
+        windows = torch.randint(vocab_size, (self.config.batch_tokens // T, T + 1), device=device)
+        self.inputs, self.targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         self.parts = dict.fromkeys(("step", "forward", "backward", "optimizer"), math.inf)
         self.bytes = math.nan
         self.run()
@@ -417,7 +418,7 @@ class Step:
     def run(self):
         marks = [now(self.device)]
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu"):
-            loss = self.fast(self.windows[:, :-1], self.windows[:, 1:])[1]
+            loss = self.fast(self.inputs, self.targets)[1]
         marks.append(now(self.device))
         loss.backward()
         marks.append(now(self.device))
@@ -643,9 +644,9 @@ class Autocast(nn.Module):
 class Replays:
     """As Timer, from CUDA graphs: the kernels without Python, which in a whole model runs ahead of them."""
 
-    def __init__(self, module, inputs, tokens):
-        x = torch.randn(tokens, inputs, device="cuda", requires_grad=True)
-        g = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+    def __init__(self, module, inputs, tokens, device):
+        x = torch.randn(tokens, inputs, device=device, requires_grad=True)
+        g = torch.randn(tokens, inputs, device=device, dtype=torch.bfloat16)
 
         def forward():
             with torch.no_grad():
@@ -673,7 +674,7 @@ class Replays:
                 graph.replay()
             self.times[part] = min(self.times[part], (now("cuda") - start) / 10)
         self.turns += 1
-        return self.turns < 20
+        return self.turns < 5
 
     @property
     def fwd(self):
@@ -687,26 +688,27 @@ class Replays:
 def blocks_on_cuda(options):
     """LayerNorm and layer, 16,384 tokens, forward and backward under autocast, as in training."""
     records, gemm = [], Gemm("cuda", torch.bfloat16, 8192)
-    for N in options.points:
-        for C in options.features:
+    quick = [name for name in BLOCKS if name.startswith(("splinegpt", "MLP"))]
+    slow = [name for name in BLOCKS if name not in quick]  # theirs take seconds a step, or more memory than there is
+    for N, C in ((N, C) for N in options.points for C in options.features):
+        mlp = math.nan
+        for names in (quick, slow) if (N, C) == (8, 768) else (quick,):
             torch._dynamo.reset()
             timers = {}
-            for name, make in BLOCKS.items():
-                quick = name.startswith(("splinegpt", "MLP"))
-                if not quick and (N > 8 or C > 768):  # seconds a step
+            for name in names:
+                if options.only and not name.startswith(options.only):
                     continue
                 try:
                     with torch.device("cuda"):
-                        module = Autocast(nn.Sequential(nn.LayerNorm(C), make(C, C, N)))
+                        module = Autocast(nn.Sequential(nn.LayerNorm(C), BLOCKS[name](C, C, N)))
                     module = torch.compile(module) if name.endswith("compiled") else module
-                    timers[name] = Replays(module, C, 16384) if quick else Timer(module, C, 16384, device="cuda")
-                except Exception as error:  # theirs may want float32, or more memory than there is
+                    timers[name] = (Replays if name in quick else Timer)(module, C, 16384, device="cuda")
+                except Exception as error:
                     print(f"{name}: left out, {str(error).splitlines()[0][:100]}")
                     torch.cuda.empty_cache()
             take_turns([*timers.values(), gemm], options.seconds / 4)
-            mlp = min(t.both for name, t in timers.items() if name.startswith("MLP"))
-            work = 6 * 16384 * N * C * C / gemm.flops
-            rows = []
+            mlp = min((t.both for name, t in timers.items() if name.startswith("MLP")), default=mlp)
+            work, rows = 6 * 16384 * N * C * C / gemm.flops, []
             for name, t in timers.items():
                 rows.append((name, t.fwd * 1e3, t.both * 1e3, t.both / mlp, work / t.both, t.bytes / 1e6))
                 records.append(dict(name=name, C=C, N=N, fwd=t.fwd, fwd_bwd=t.both, bytes=t.bytes))
@@ -753,27 +755,30 @@ def steps_on_cuda(options):
     peak = next((flops for key, flops in PEAK.items() if key in name), math.nan)
     common = dict(vocab_size=50257, device="cuda", batch_tokens=16384)
     steps = {
-        "KAN, N = 8": Step("gpt2_124m_kan.toml", **common),
-        "KAN, whitened, gate, N = 7": Step(
+        "KAN, N = 8": lambda: Step("gpt2_124m_kan.toml", **common),
+        "KAN, whitened, gate, N = 7": lambda: Step(
             "gpt2_124m_kan.toml", kan_control_points=7, kan_gate=True, kan_parameterization="whitened", **common
         ),
-        "gelu MLP": Step("gpt2_124m_mlp.toml", **common),
+        "gelu MLP": lambda: Step("gpt2_124m_mlp.toml", **common),
     }
     if options.nanogpt:
         size = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
-        steps["nanoGPT"] = Step("gpt2_124m_mlp.toml", model=nanogpt(options.nanogpt, size).train(), **common)
+        steps["nanoGPT"] = lambda: Step("gpt2_124m_mlp.toml", model=nanogpt(options.nanogpt, size).train(), **common)
+    steps = {name: step() for name, step in steps.items() if not options.only or name.startswith(options.only)}
     for _ in range(20):
         for step in steps.values():
             step.run()
-    base, rows, records = steps.get("nanoGPT", steps["gelu MLP"]).parts["step"], [], []
+    base = next(name for name in ("nanoGPT", "gelu MLP", *steps) if name in steps)
+    rows, records = [], []
     for label, step in steps.items():
         seconds, parts = step.parts["step"], [part * 1e3 for part in step.parts.values()]
         use = 16384 * step.flops / seconds / peak
-        saved = saved_bytes(step.model.transformer.h[0], 768, "cuda", torch.bfloat16)
-        rows.append((label, *parts, 16384 / seconds, base / seconds, use, step.bytes / 1e6, saved))
+        block = step.model.transformer.h[0]
+        saved = math.nan if label == "nanoGPT" else saved_bytes(block, 768, "cuda", torch.bfloat16)
+        faster = steps[base].parts["step"] / seconds
+        rows.append((label, *parts, 16384 / seconds, faster, use, step.bytes / 1e6, saved))
         records.append(dict(name=label, **step.parts, bytes=step.bytes, saved=saved, flops_per_token=step.flops))
     print(f"A training step of gpt2_124m, 16,384 tokens, {name}")
-    base = "nanoGPT" if options.nanogpt else "gelu"
     header = ("", "step", "forward", "backward", "clip + AdamW", "tokens/s", f"times {base}", "MFU", "MB")
     table((*header, "saved bytes a token, one block"), rows)
     return records, {}

@@ -41,7 +41,7 @@ SIMPLE = dict(  # kernels without a choice
     look_up_kernel=gpu.LOOK_UP,
     add_kernel=dict(PARTS=64, BN=gpu.ADD),
     add_tiles_kernel=dict(BM=128, BN=256, R=8),
-    slopes_kernel=dict(BN=1024),
+    slopes_kernel=dict(BN=gpu.SLOPES),
     transpose_kernel=gpu.TRANSPOSE,
 )
 BYTES = {HALF: 2, TF32: 4, FULL: 4}
@@ -78,7 +78,8 @@ def everything(sms):
 def build(name, kind, sm, number, even):
     kernel = getattr(gpu, name)
     if name in SIMPLE:
-        tile, options = SIMPLE[name], dict(num_warps=8 if name == "look_up_kernel" else 4)
+        tile = dict(SIMPLE[name])
+        options = dict(num_warps=tile.pop("num_warps", 4))
     else:
         chosen = gpu.choices(kernel, kind, sm // 10)[number]
         tile = chosen.kwargs
@@ -169,8 +170,7 @@ def step(name, kind, tile):
     size, KN = BYTES[kind], gpu.knots_at_once(KNOTS)
     if name in SIMPLE:
         if name == "look_up_kernel":
-            pairs = tile["BF"] * tile["BN"] * tile["STEPS"]
-            read, flops = 2 * pairs * size, 4 * pairs
+            read, flops = 2 * tile["BF"] * tile["BN"] * size, 4 * tile["BF"] * tile["BN"]
         elif name == "slopes_kernel":
             read, flops = 2 * 4 * tile["BN"], tile["BN"]
         elif name == "transpose_kernel":

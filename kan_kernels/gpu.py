@@ -237,39 +237,34 @@ def transpose_kernel(x, out, B, F, stride, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def slopes_kernel(table, out, size, O, N: tl.constexpr, BN: tl.constexpr):
-    """BN numbers of out (F, N - 1, O), the differences of neighbours in table (F, N, O); size is out's.
+def slopes_kernel(table, out, O, N: tl.constexpr, BN: tl.constexpr):
+    """BN numbers of one feature of out (F, N - 1, O), the differences of neighbours in table (F, N, O).
 
     Differences are rounded, not made of what is rounded: that would be 10% off in bfloat16 at N = 128.
     """
-    at = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    table += at + at // ((N - 1) * O) * O
-    below = tl.load(table, mask=at < size, other=0.0).to(tl.float32)
-    above = tl.load(table + O, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(out + at, (above - below).to(out.dtype.element_ty), mask=at < size)
+    f, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
+    size = (N - 1) * O
+    below = tl.load(table + f * N * O + at, mask=at < size, other=0.0).to(tl.float32)
+    above = tl.load(table + f * N * O + O + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(out + f * size + at, (above - below).to(out.dtype.element_ty), mask=at < size)
 
 
 @triton.jit
-def look_up_kernel(
-    x, table, y, F, O, scale,
-    N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """BN outputs of one token; loads of STEPS times BF features are under way at once."""
-    b, o = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
-    x += b.to(tl.int64) * F
-    acc = tl.zeros((BF, BN), tl.float32)
-    for start in range(0, F, BF * STEPS):
-        for step in tl.static_range(STEPS):
-            f = start + step * BF + tl.arange(0, BF)
-            inside = (f < F)[:, None] & (o < O)[None, :]
-            u = tl.load(x + f, mask=f < F, other=0.0).to(tl.float32) * scale + (N - 1) / 2
-            i = interval(u, N)
-            t = (u - i)[:, None]
-            at = table + (f.to(tl.int64) * N + i.to(tl.int32))[:, None] * O + o[None, :]
-            below = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            above = tl.load(at + O, mask=inside, other=0.0).to(tl.float32)
-            acc += below + t * (above - below)
-    tl.store(y + b.to(tl.int64) * O + o, tl.sum(acc, 0).to(y.dtype.element_ty), mask=o < O)
+def look_up_kernel(x, table, y, F, O, scale, N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr):
+    """BN outputs of one token, from BF features at a time: the more, the more loads are under way at once."""
+    b, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
+    acc = tl.zeros((BN,), tl.float32)
+    for start in range(0, F, BF):
+        f = start + tl.arange(0, BF)
+        inside = (f < F)[:, None] & (o < O)[None, :]
+        u = tl.load(x + b * F + f, mask=f < F, other=0.0).to(tl.float32) * scale + (N - 1) / 2
+        i = interval(u, N)
+        t = (u - i)[:, None]
+        at = table + (f.to(tl.int64) * N + i.to(tl.int32))[:, None] * O + o[None, :]
+        below = tl.load(at, mask=inside, other=0.0)
+        above = tl.load(at + O, mask=inside, other=0.0)
+        acc += tl.sum((1 - t) * below.to(tl.float32) + t * above.to(tl.float32), 0)
+    tl.store(y + b * O + o, acc.to(y.dtype.element_ty), mask=o < O)
 
 
 @triton.jit
@@ -318,8 +313,8 @@ CHOICES = {
     (input_gradient_kernel, TF32): [config(8, 3, BM=128, BN=128, BK=32)],
     (input_gradient_kernel, FULL): [config(4, 2, BM=64, BN=64, BK=16)],
 }
-LOOK_UP = dict(BF=128, BN=32, STEPS=8)  # for 8 warps
-ADD = 128
+LOOK_UP = dict(BF=1024, BN=32, num_warps=16)
+ADD, SLOPES = 128, 1024
 TRANSPOSE = dict(BM=64, BN=64)
 
 
@@ -354,6 +349,22 @@ def parts_of_tokens(args):
     most = max(1, args["B"] // 512)
     tries = [max(1, min(turns * slots // left, most)) for turns in (1, 2, 3)] if left else [1]
     return min(tries, key=lambda parts: (triton.cdiv(left * parts, slots) / parts, parts))
+
+
+def divided(args):
+    """(whole tiles of the table's gradient, those to be divided, into how many parts)."""
+    (tiles, left), parts = tiles_of_table(args), parts_of_tokens(args)
+    return (tiles - left, left, parts) if parts > 1 else (tiles, 0, 1)
+
+
+@functools.cache
+def most_sums(kind, major, **sizes):
+    """How many numbers the parts' sums are, whichever tile is chosen."""
+    most = 0
+    for chosen in choices(table_gradient_kernel, kind, major):
+        _, left, parts = divided({**sizes, **chosen.kwargs})
+        most = max(most, left * parts * chosen.kwargs["BM"] * chosen.kwargs["BN"])
+    return most
 
 
 DERIVED = {
@@ -488,7 +499,7 @@ def spline(
     if 0 < B <= few:  # in the table as it is, since a copy in dtype would read all of it
         with on_gpu(x.device):
             grid = B, triton.cdiv(O, LOOK_UP["BN"])
-            look_up_kernel[grid](x, table.contiguous(), y, F, O, scale, N=N, **LOOK_UP, num_warps=8)
+            look_up_kernel[grid](x, table.contiguous(), y, F, O, scale, N=N, **LOOK_UP)
     elif B > 0:
         parts, per_part = share(F, triton.cdiv(B, 128) * triton.cdiv(O, 128), x.device, 64)
         sums = x.new_empty(parts, B, O, dtype=torch.float32) if parts > 1 else y
@@ -521,32 +532,21 @@ def table_gradient(g: Tensor, x: Tensor, N: int, spline_width: float, dtype: tor
         return g.new_zeros(F, N, O, dtype=dtype)
     out, KN, kind = g.new_empty(F, N, O, dtype=dtype), knots_at_once(N), kind_of(g.dtype, tf32)
     sizes = dict(B=B, F=F, O=O, N=N, KN=KN, multiprocessors=multiprocessors(x.device))
-
-    def parts_of(tile):
-        """(whole tiles, those left, into how many parts these are divided)."""
-        args = {**sizes, **tile}
-        (tiles, left), parts = tiles_of_table(args), parts_of_tokens(args)
-        return (tiles - left, left, parts) if parts > 1 else (tiles, 0, 1)
-
-    def grid(tile):
-        whole, left, parts = parts_of(tile)
-        return (whole + left * parts,)
-
-    def size_of_sums(tile):
-        _, left, parts = parts_of(tile)
-        return left * parts * tile["BM"] * tile["BN"]
-
     major = 9 if INTERPRETED.value else torch.cuda.get_device_capability(x.device)[0]
-    sums = x.new_empty(max(size_of_sums(chosen.kwargs) for chosen in choices(table_gradient_kernel, kind, major)))
+    sums = x.new_empty(most_sums(kind, major, **sizes))
     stride = triton.cdiv(B, 16) * 16  # so that rows are aligned
     columns = x.new_empty(F, stride)
     with on_gpu(x.device):
-        transpose_kernel[triton.cdiv(B, TRANSPOSE["BM"]), triton.cdiv(F, TRANSPOSE["BN"])](
-            x, columns, B, F, stride, **TRANSPOSE
-        )
+        blocks = triton.cdiv(B, TRANSPOSE["BM"]), triton.cdiv(F, TRANSPOSE["BN"])
+        transpose_kernel[blocks](x, columns, B, F, stride, **TRANSPOSE)
+
+    def grid(tile):
+        whole, left, parts = divided({**sizes, **tile})
+        return (whole + left * parts,)
+
     arguments = columns, g, knot_constants(N, KN, x.device), out, sums, B, F, O, stride, sizes["multiprocessors"]
     tile = launch(table_gradient_kernel, kind, grid, *arguments, N=N, KN=KN, SCALE=(N - 1) / spline_width)
-    whole, left, parts = parts_of(tile)
+    whole, left, parts = divided({**sizes, **tile})
     if left:
         with on_gpu(x.device):
             shape = dict(N=N, KN=KN, BM=tile["BM"], BN=tile["BN"], PARTS=parts, R=8)
@@ -563,7 +563,7 @@ def input_gradient(g: Tensor, x: Tensor, table: Tensor, spline_width: float, tf3
         return out
     table, slopes, KN = table.contiguous(), g.new_empty(F, N - 1, O), knots_at_once(N - 1)
     with on_gpu(x.device):
-        slopes_kernel[(triton.cdiv(slopes.numel(), 1024),)](table, slopes, slopes.numel(), O, N=N, BN=1024)
+        slopes_kernel[F, triton.cdiv((N - 1) * O, SLOPES)](table, slopes, O, N=N, BN=SLOPES)
 
     def grid(tile):
         columns = triton.cdiv(F, tile["BN"] // KN) * triton.cdiv(N - 1, KN)

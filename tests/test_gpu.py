@@ -95,6 +95,11 @@ def close(got, want, dtype):
 ALL_TILES = dict(gpu.CHOICES)
 
 
+def forget():
+    """What was chosen, and what follows from what there is to choose from."""
+    gpu.tuned.cache_clear(), gpu.most_sums.cache_clear(), gpu.LAUNCHES.clear()
+
+
 @pytest.mark.parametrize("kernel, kind", ALL_TILES, ids=lambda v: v if isinstance(v, str) else v.fn.__name__)
 def test_every_tile_that_may_be_chosen(kernel, kind, monkeypatch):
     """Each in turn, on a shape that is larger than the tile and no multiple of it, against float64."""
@@ -114,12 +119,12 @@ def test_every_tile_that_may_be_chosen(kernel, kind, monkeypatch):
     for tile in ALL_TILES[kernel, kind]:
         if not gpu.fits(kernel, tile, major):
             continue
-        gpu.tuned.cache_clear(), gpu.LAUNCHES.clear()
+        forget()
         monkeypatch.setitem(gpu.CHOICES, (kernel, kind), [tile])
         got = call().double().cpu().numpy()
         # TF32 has 10 bits of a mantissa, and the interpreter, which does not know it, 23.
         close([got], [want], torch.float16 if tf32 and DEVICE == "cuda" else dtype)
-    gpu.tuned.cache_clear(), gpu.LAUNCHES.clear()
+    forget()
 
 
 @pytest.mark.parametrize("dtype", EPS)
