@@ -647,6 +647,7 @@ class Replays:
     def __init__(self, module, inputs, tokens, device):
         x = torch.randn(tokens, inputs, device=device, requires_grad=True)
         g = torch.randn(tokens, inputs, device=device, dtype=torch.bfloat16)
+        self.kept = module, x, g  # the graphs have their addresses alone
 
         def forward():
             with torch.no_grad():
@@ -690,31 +691,32 @@ def blocks_on_cuda(options):
     records, gemm = [], Gemm("cuda", torch.bfloat16, 8192)
     quick = [name for name in BLOCKS if name.startswith(("splinegpt", "MLP"))]
     slow = [name for name in BLOCKS if name not in quick]  # theirs take seconds a step, or more memory than there is
-    for N, C in ((N, C) for N in options.points for C in options.features):
-        mlp = math.nan
-        for names in (quick, slow) if (N, C) == (8, 768) else (quick,):
-            torch._dynamo.reset()
-            timers = {}
-            for name in names:
-                if options.only and not name.startswith(options.only):
-                    continue
-                try:
-                    with torch.device("cuda"):
-                        module = Autocast(nn.Sequential(nn.LayerNorm(C), BLOCKS[name](C, C, N)))
-                    module = torch.compile(module) if name.endswith("compiled") else module
-                    timers[name] = (Replays if name in quick else Timer)(module, C, 16384, device="cuda")
-                except Exception as error:
-                    print(f"{name}: left out, {str(error).splitlines()[0][:100]}")
-                    torch.cuda.empty_cache()
-            take_turns([*timers.values(), gemm], options.seconds / 4)
-            mlp = min((t.both for name, t in timers.items() if name.startswith("MLP")), default=mlp)
-            work, rows = 6 * 16384 * N * C * C / gemm.flops, []
-            for name, t in timers.items():
-                rows.append((name, t.fwd * 1e3, t.both * 1e3, t.both / mlp, work / t.both, t.bytes / 1e6))
-                records.append(dict(name=name, C=C, N=N, fwd=t.fwd, fwd_bwd=t.both, bytes=t.bytes))
-            print(f"16,384 tokens, {C} to {C}, N = {N}; matrix product {gemm.flops / 1e12:.0f} TFLOP/s")
-            table(("", "fwd", "fwd+bwd", "times the MLP", "share of its rate", "MB"), rows)
-            sys.stdout.flush()
+    shapes, mlp = [(N, C) for N in options.points for C in options.features], {}
+    for names, (N, C) in [(quick, s) for s in shapes] + [(slow, s) for s in shapes if s == (8, 768)]:
+        torch._dynamo.reset()
+        timers = {}
+        for name in names:
+            if options.only and not name.startswith(options.only):
+                continue
+            try:
+                with torch.device("cuda"):
+                    module = Autocast(nn.Sequential(nn.LayerNorm(C), BLOCKS[name](C, C, N)))
+                module = torch.compile(module) if name.endswith("compiled") else module
+                timers[name] = (Replays if name in quick else Timer)(module, C, 16384, device="cuda")
+            except Exception as error:
+                print(f"{name}: left out, {str(error).splitlines()[0][:100]}")
+                torch.cuda.empty_cache()
+        if not timers:
+            continue
+        take_turns([*timers.values(), gemm], options.seconds / 4)
+        mlp[N, C] = min((t.both for name, t in timers.items() if "MLP" in name), default=mlp.get((N, C), math.nan))
+        work, rows = 6 * 16384 * N * C * C / gemm.flops, []
+        for name, t in timers.items():
+            rows.append((name, t.fwd * 1e3, t.both * 1e3, t.both / mlp[N, C], work / t.both, t.bytes / 1e6))
+            records.append(dict(name=name, C=C, N=N, fwd=t.fwd, fwd_bwd=t.both, bytes=t.bytes))
+        print(f"16,384 tokens, {C} to {C}, N = {N}; matrix product {gemm.flops / 1e12:.0f} TFLOP/s")
+        table(("", "fwd", "fwd+bwd", "times the MLP", "share of its rate", "MB"), rows)
+        sys.stdout.flush()
     return records, {}
 
 

@@ -2,6 +2,7 @@
 
     python -m kan_kernels.aot              sm_80 (A100), sm_90 (H100, H200), sm_100 (B200): a minute on 2 cores
     python -m kan_kernels.aot --sm 90      one of them
+    python -m kan_kernels.aot --points 7   for N = 7: what a tile of 8 knots leaves unused needs masks; default 8
 
 It exits with 1 if a kernel spills registers or touches local memory, does not fit a device's shared memory, came out as
 a trap, or multiplies in its innermost loop without tensor cores (those of full float32 are meant to). Columns:
@@ -34,7 +35,6 @@ from kan_kernels.gpu import FULL, HALF, TF32
 
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB a block may have; the system takes 1 more from what the multiprocessor has
 TENSOR_CORES = {80: r"\bmma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
-KNOTS = 8  # N
 FLOPS = {80: 2048, 90: 4096, 100: 8192}  # a cycle and multiprocessor, half precision on tensor cores
 SCHEDULERS = 4  # of a multiprocessor, an instruction of a warp each cycle
 SIMPLE = dict(  # kernels without a choice
@@ -66,16 +66,16 @@ class Built:
     wrong: list[str]
 
 
-def everything(sms):
-    """(kernel's name, kind, sm, number among the choices), of all that may run."""
+def everything(sms, N):
+    """(kernel's name, kind, sm, number among the choices, masks or not, N), of all that may run."""
     for sm in sms:
         for kernel, kind in gpu.CHOICES:
             for number in range(len(gpu.choices(kernel, kind, sm // 10))):
-                yield from ((kernel.fn.__name__, kind, sm, number, even) for even in (True, False))
-        yield from ((name, HALF, sm, 0, False) for name in SIMPLE)
+                yield from ((kernel.fn.__name__, kind, sm, number, even, N) for even in (True, False))
+        yield from ((name, HALF, sm, 0, False, N) for name in SIMPLE)
 
 
-def build(name, kind, sm, number, even):
+def build(name, kind, sm, number, even, N):
     kernel = getattr(gpu, name)
     if name in SIMPLE:
         tile = dict(SIMPLE[name])
@@ -84,7 +84,8 @@ def build(name, kind, sm, number, even):
         chosen = gpu.choices(kernel, kind, sm // 10)[number]
         tile = chosen.kwargs
         options = dict(num_warps=chosen.num_warps, num_stages=chosen.num_stages, maxnreg=chosen.maxnreg)
-    sizes = dict(N=KNOTS, KN=gpu.knots_at_once(KNOTS), SCALE=1.75, PARTS=5)
+    counted = N - 1 if name == "input_gradient_kernel" else N  # intervals, or knots
+    sizes = dict(N=N, KN=gpu.knots_at_once(counted), SCALE=1.75, PARTS=5)
     constants = {**sizes, **tile, "EVEN": even, "TF32": kind == TF32}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     product = "bf16" if kind == HALF else "fp32"
@@ -104,10 +105,10 @@ def build(name, kind, sm, number, even):
     attributes = {(k,): [["tt.divisibility", 16]] for k in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    return inspect(name, kind, sm, tile, even, options["num_warps"], compiled)
+    return inspect(name, kind, sm, tile, even, N, options["num_warps"], compiled)
 
 
-def inspect(name, kind, sm, tile, even, warps, compiled):
+def inspect(name, kind, sm, tile, even, N, warps, compiled):
     resources, code = disassemble(compiled.asm["cubin"])
     tensor = in_loops(compiled.asm["ptx"], TENSOR_CORES[sm])
     shared, wrong = compiled.metadata.shared / 1024, []
@@ -120,7 +121,7 @@ def inspect(name, kind, sm, tile, even, warps, compiled):
     if name not in SIMPLE and kind != FULL and not tensor:
         wrong.append("no tensor cores")
     blocks = min(65536 // (max(resources["REG"], 1) * 32 * warps), int((SHARED[sm] + 1) // (shared + 1)), 64 // warps)
-    kilobytes, megaflops = step(name, kind, tile)
+    kilobytes, megaflops = step(name, kind, tile, N)
     text = " ".join(f"{k}={v}" for k, v in tile.items()) + (" even" if even else "")
     kernel = name.removesuffix("_kernel")
     issue = instructions(code) * warps / SCHEDULERS
@@ -165,9 +166,9 @@ def instructions(code):
     return min(found, default=0)
 
 
-def step(name, kind, tile):
+def step(name, kind, tile, N):
     """(KiB read, Mflop) of one turn of a block's loop."""
-    size, KN = BYTES[kind], gpu.knots_at_once(KNOTS)
+    size, KN = BYTES[kind], gpu.knots_at_once(N)
     if name in SIMPLE:
         if name == "look_up_kernel":
             read, flops = 2 * tile["BF"] * tile["BN"] * size, 4 * tile["BF"] * tile["BN"]
@@ -202,12 +203,14 @@ def main():
         prog="python -m kan_kernels.aot", description="Compile the GPU kernels, look at them"
     )
     parser.add_argument("--sm", type=int, nargs="*", choices=list(SHARED), default=list(SHARED))
-    todo = list(everything(parser.parse_args().sm))
+    parser.add_argument("--points", type=int, default=8, metavar="N")
+    arguments = parser.parse_args()
+    N, todo = arguments.points, list(everything(arguments.sm, arguments.points))
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(build, *zip(*todo, strict=True)))
-    print(f"Triton {triton.__version__}, N = {KNOTS}")
+    print(f"Triton {triton.__version__}, N = {N}")
     head = "kernel products sm tile regs shared warps tensor KiB Mflop flop/B mma issue".split()
-    form = "{:14} {:8} {:>3}  {:29} {:>4} {:>6} {:>5} {:>6} {:>3} {:>5} {:>6} {:>5} {:>5}  {}"
+    form = "{:14} {:8} {:>3}  {:30} {:>4} {:>6} {:>5} {:>6} {:>3} {:>5} {:>6} {:>5} {:>5}  {}"
     print(form.format(*head, ""))
     for r in results:
         ratio = r.megaflops * 1e6 / (r.kilobytes * 1024)
@@ -215,9 +218,9 @@ def main():
         mma = f"{r.megaflops * 1e6 / FLOPS[r.sm]:.0f}" if r.kind == HALF and r.tensor else "-"
         cycles = f"{ratio:.0f}", mma, f"{r.issue:.0f}"
         print(form.format(r.kernel, r.kind, r.sm, r.tile, *numbers, *cycles, ", ".join(r.wrong)))
-    print("\nmicroseconds that can't be beaten, bfloat16, N = 8 (flops or memory, whichever takes longer)")
+    print(f"\nmicroseconds that can't be beaten, bfloat16, N = {N} (flops or memory, whichever takes longer)")
     for B, C in ((16384, 768), (16384, 2048), (1, 768), (1, 2048)):
-        for name, (flops, bytes_) in bounds(B, C, KNOTS).items():
+        for name, (flops, bytes_) in bounds(B, C, N).items():
             if (B == 1) == (name == "look_up"):
                 times = [f"{d} {max(flops / (t * 1e6), bytes_ / (b * 1e6)):8.2f}" for d, (t, b) in DEVICES.items()]
                 print(f"{B:6} tokens, {C:4} to {C:4}, {name:15} {'   '.join(times)}")

@@ -315,8 +315,8 @@ def test_mistakes(monkeypatch):
 def test_auto_on_cuda(monkeypatch):
     choose = kan_layer.choose_impl
     monkeypatch.setattr(kan_kernels, "gpu_available", lambda: True)
-    assert [choose("cuda", N, 4096, True) for N in (2, 8, 128, 129)] == ["triton"] * 3 + ["embedding_bag"]
-    assert choose("cuda", 256, 16, False) == "triton" and choose("cuda", 256, 17, False) == "embedding_bag"
+    assert [choose("cuda", N, 4096, True) for N in (2, 8, 512, 513)] == ["triton"] * 3 + ["embedding_bag"]
+    assert choose("cuda", 600, 300, False) == "triton" and choose("cuda", 600, 301, False) == "embedding_bag"
     assert choose("cuda", 8, 4096, True, torch.float64) == "dense"
     assert choose("mps", 8, 4096, True) == "dense"
     monkeypatch.setattr(kan_kernels, "gpu_available", lambda: False)
@@ -333,22 +333,28 @@ def python(*arguments):
     )
 
 
-def test_every_tile_compiles_for_every_device(monkeypatch):
+@pytest.mark.parametrize("N", [8, 7])
+def test_every_tile_compiles_for_every_device(N, monkeypatch):
     monkeypatch.setattr(gpu, "CHOICES", ALL_TILES)
-    process = python("-m", "kan_kernels.aot")
+    process = python("-m", "kan_kernels.aot", "--points", str(N))
     assert process.returncode == 0, process.stdout + process.stderr
-    assert f"{len(list(aot.everything(aot.SHARED)))} kernels, 0 with something wrong" in process.stdout
+    assert f"{len(list(aot.everything(aot.SHARED, N)))} kernels, 0 with something wrong" in process.stdout
 
 
 def test_what_is_wrong_is_found():
-    """A tile that Triton makes a trap of, and one too large for the registers."""
+    """A tile too large for the registers, one too large for shared memory, and what Triton made a trap of."""
     code = (
         "from kan_kernels import aot, gpu\n"
         "gpu.fits = lambda *_: True\n"
-        "print(aot.build('forward_kernel', gpu.HALF, 100, 1).wrong, aot.build('forward_kernel', gpu.HALF, 80, 0).wrong)"
+        "print(aot.build('forward_kernel', gpu.HALF, 80, 0, False, 8).wrong)\n"
+        "gpu.CHOICES[gpu.forward_kernel, gpu.HALF] = [gpu.config(8, 8, BM=128, BN=256, BK=64)]\n"
+        "print(aot.build('forward_kernel', gpu.HALF, 90, 0, True, 8).wrong)\n"
+        "aot.disassemble = lambda cubin: (dict(REG=4, STACK=0, LOCAL=0), 'BPT.TRAP')\n"
+        "print(aot.build('forward_kernel', gpu.FULL, 90, 0, True, 8).wrong)\n"
     )
     process = python("-c", code)
-    assert process.stdout.strip() == "['nothing but a trap', 'no tensor cores'] ['spills']", process.stderr
+    spills, shared, trap = process.stdout.splitlines()
+    assert spills == "['spills']" and "KiB shared" in shared and trap == "['nothing but a trap']", process.stderr
 
 
 def test_instructions_in_loops():
