@@ -272,7 +272,7 @@ class GPT(nn.Module):
         """idx (B, T) int64 -> logits and loss.
 
         With targets (B, T): logits (B, T, padded V) and the mean cross-entropy in nats. Without: logits of the last
-        position only, (B, 1, V), and None. With a KVCache, idx continues the tokens it holds.
+        position only, (B, 1, V) in float32, and None. With a KVCache, idx continues the tokens it holds.
         Raises ValueError when the sequence is longer than block_size.
         """
         T, start = idx.shape[1], cache.length if cache is not None else 0
@@ -293,12 +293,13 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += T
         x = self.transformer.ln_f(x if targets is not None else x[:, -1:])
-        logits = F.linear(x, self.lm_head.weight if self.lm_head is not None else self.transformer.wte.weight).float()
+        logits = F.linear(x, self.lm_head.weight if self.lm_head is not None else self.transformer.wte.weight)
         if self.config.logit_softcap:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+            logits = self.config.logit_softcap * torch.tanh(logits.float() / self.config.logit_softcap)
         if targets is None:
-            return logits[..., : self.config.vocab_size], None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return logits[..., : self.config.vocab_size].float(), None
+        # float() here and not above: returned, all logits would be in memory in float32 too, 3.3 GB for gpt2_124m
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     # ------------------------------------------------------------------------------------------------------------------
     # What it consists of and what it costs
