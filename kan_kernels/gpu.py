@@ -250,21 +250,24 @@ def slopes_kernel(table, out, O, N: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def look_up_kernel(x, table, y, F, O, scale, N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr):
-    """BN outputs of one token, from BF features at a time: the more, the more loads are under way at once."""
+def look_up_kernel(x, table, y, F, O, scale, N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr):
+    """BN outputs of one token; STEPS times BF features are at least F.
+
+    Not a loop: then loads of several steps are under way at once, which in a loop they are not (twice as slow).
+    """
     b, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
-    acc = tl.zeros((BN,), tl.float32)
-    for start in range(0, F, BF):
-        f = start + tl.arange(0, BF)
+    acc = tl.zeros((BF, BN), tl.float32)
+    for step in tl.static_range(STEPS):
+        f = step * BF + tl.arange(0, BF)
         inside = (f < F)[:, None] & (o < O)[None, :]
         u = tl.load(x + b * F + f, mask=f < F, other=0.0).to(tl.float32) * scale + (N - 1) / 2
         i = interval(u, N)
         t = (u - i)[:, None]
         at = table + (f.to(tl.int64) * N + i.to(tl.int32))[:, None] * O + o[None, :]
-        below = tl.load(at, mask=inside, other=0.0)
-        above = tl.load(at + O, mask=inside, other=0.0)
-        acc += tl.sum((1 - t) * below.to(tl.float32) + t * above.to(tl.float32), 0)
-    tl.store(y + b * O + o, acc.to(y.dtype.element_ty), mask=o < O)
+        below = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        above = tl.load(at + O, mask=inside, other=0.0).to(tl.float32)
+        acc += below + t * (above - below)
+    tl.store(y + b * O + o, tl.sum(acc, 0).to(y.dtype.element_ty), mask=o < O)
 
 
 @triton.jit
@@ -314,8 +317,13 @@ CHOICES = {
     (input_gradient_kernel, TF32): [config(8, 3, BM=128, BN=128, BK=32)],
     (input_gradient_kernel, FULL): [config(4, 2, BM=64, BN=64, BK=16)],
 }
-LOOK_UP = dict(BF=1024, BN=32, num_warps=16)  # the best of 20 on an H200, 768 and 2,048 features
 ADD, SLOPES, TRANSPOSE = 128, 1024, dict(BM=64, BN=64)
+
+
+def look_up_tile(F):
+    """The best of 30 on an H200, with 768 and 2,048 features; at most 16 steps, or it would take long to compile."""
+    BF = 128 * triton.next_power_of_2(triton.cdiv(F, 2048))
+    return dict(BF=BF, BN=32, STEPS=triton.cdiv(F, BF), num_warps=8)
 
 
 def knots_at_once(count):
@@ -499,8 +507,8 @@ def spline(
     x, y, scale = x.contiguous(), x.new_empty(B, O, dtype=dtype), (N - 1) / spline_width
     if 0 < B <= few:  # in the table as it is, since a copy in dtype would read all of it
         with on_gpu(x.device):
-            grid = B, triton.cdiv(O, LOOK_UP["BN"])
-            look_up_kernel[grid](x, table.contiguous(), y, F, O, scale, N=N, **LOOK_UP)
+            tile = look_up_tile(F)
+            look_up_kernel[B, triton.cdiv(O, tile["BN"])](x, table.contiguous(), y, F, O, scale, N=N, **tile)
     elif B > 0:
         parts, per_part = share(F, triton.cdiv(B, 128) * triton.cdiv(O, 128), x.device, 64)
         sums = x.new_empty(parts, B, O, dtype=torch.float32) if parts > 1 else y

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,6 +45,9 @@ def test_evaluations_are_measured_and_written(tmp_path):
     assert all(row[4:] == ["-", "-", "- |"] for row in rows if row[0] == "| coo")
 
 
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -51,6 +55,8 @@ def test_evaluations_are_measured_and_written(tmp_path):
         (["--token", "8"], "unknown option --token; did you mean tokens?"),
         (["--model", "--nanogpt", "nowhere"], "no nanoGPT in nowhere"),
         (["--device", "cuda"], "device is cpu, or with --evaluations cuda where there is a GPU, got 'cuda'"),
+        pytest.param(["--blocks"], "--blocks needs a GPU", marks=without_gpu),
+        pytest.param(["--cuda"], "--cuda needs a GPU", marks=without_gpu),
     ],
 )
 def test_mistakes_in_one_line(arguments, message):
