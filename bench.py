@@ -641,6 +641,14 @@ class Autocast(nn.Module):
             return self.module(x)
 
 
+def replayed(graph, times):
+    """Seconds that a CUDA graph takes, of so many replays in a row."""
+    start = now("cuda")
+    for _ in range(times):
+        graph.replay()
+    return (now("cuda") - start) / times
+
+
 class Replays:
     """As Timer, from CUDA graphs: the kernels without Python, which in a whole model runs ahead of them."""
 
@@ -666,24 +674,13 @@ class Replays:
         for graph, run in zip(self.graphs, (forward, both), strict=True):
             with torch.cuda.graph(graph):
                 run()
-        self.times, self.turns = [math.inf] * 2, 0
+        self.fwd = self.both = math.inf
+        self.turns = 0
 
     def turn(self, seconds):
-        for part, graph in enumerate(self.graphs):
-            start = now("cuda")
-            for _ in range(10):
-                graph.replay()
-            self.times[part] = min(self.times[part], (now("cuda") - start) / 10)
-        self.turns += 1
+        fwd, both = (replayed(graph, 10) for graph in self.graphs)
+        self.fwd, self.both, self.turns = min(self.fwd, fwd), min(self.both, both), self.turns + 1
         return self.turns < 5
-
-    @property
-    def fwd(self):
-        return self.times[0]
-
-    @property
-    def both(self):
-        return self.times[1]
 
 
 def blocks_on_cuda(options):
@@ -737,12 +734,7 @@ def decoding_on_cuda(options):
                         with torch.cuda.graph(graph):
                             for x in xs:  # the same rows every time would stay in the cache
                                 stack(x)
-                        best = math.inf
-                        for _ in range(20):
-                            start = now("cuda")
-                            for _ in range(4):
-                                graph.replay()
-                            best = min(best, (now("cuda") - start) / (16 * len(xs) * 4))
+                        best = min(replayed(graph, 4) for _ in range(20)) / (16 * len(xs))
                     times[name] = best
                     records.append(dict(name=name, C=C, N=N, tokens=tokens, seconds=best))
                 rows.append((C, N, tokens, *(t * 1e6 for t in times.values()), times["MLP"] / times["splinegpt"]))

@@ -739,8 +739,9 @@ class KANLayer(nn.Module):
 
         with without_autocast(device):
             evaluate = sparse_embedding_bag if self.sparse_grad else IMPLS[impl]
-            looked_up = impl == "triton" and self._search is None and not wants_gradient(x, self.kan_weight)
-            x_flat, width = x if looked_up else at_least_float32(x), self.spline_width  # triton converts as it reads
+            # Triton's kernels convert x as they read it, which autograd would not see.
+            as_it_is = impl == "triton" and self._search is None and not wants_gradient(x, self.kan_weight)
+            x_flat, width = x if as_it_is else at_least_float32(x), self.spline_width
             x_flat = x_flat.reshape(-1, self.in_features)
             if self._search is not None:
                 x_flat, width = warp(x_flat, self._search.to(x_flat.dtype)), self.num_control_points - 1.0

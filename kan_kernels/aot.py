@@ -83,7 +83,7 @@ def build(name, kind, sm, number, even, N):
     else:
         chosen = gpu.choices(kernel, kind, sm // 10)[number]
         tile = chosen.kwargs
-        options = dict(num_warps=chosen.num_warps, num_stages=chosen.num_stages, maxnreg=chosen.maxnreg)
+        options = dict(num_warps=chosen.num_warps, num_stages=chosen.num_stages)
     counted = N - 1 if name == "input_gradient_kernel" else N  # intervals, or knots
     sizes = dict(N=N, KN=gpu.knots_at_once(counted), SCALE=1.75, PARTS=5)
     constants = {**sizes, **tile, "EVEN": even, "TF32": kind == TF32}

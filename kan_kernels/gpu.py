@@ -331,16 +331,6 @@ def knots_at_once(count):
     return min((8, 4), key=lambda some: triton.cdiv(count, some) * some)
 
 
-def even(args):
-    """Whether the forward's, or a gradient's, loads need no mask."""
-    kn, bk = args["KN"], args["BK"]
-    if "slopes" in args:
-        return args["B"] % args["BM"] == 0 and args["O"] % bk == 0
-    if "per_part" in args:
-        return args["B"] % args["BM"] == args["F"] % (bk // kn) == args["O"] % args["BN"] == args["N"] % kn == 0
-    return args["B"] % bk == args["F"] % (args["BM"] // kn) == args["O"] % args["BN"] == 0  # parts are whole steps
-
-
 def tiles_of_table(args):
     """(all tiles of the table's gradient, those left when every multiprocessor has as many as the others)."""
     features = triton.cdiv(args["F"], args["BM"] // args["KN"])
@@ -375,10 +365,16 @@ def most_sums(kind, major, **sizes):
     return most
 
 
+# What follows from sizes and tile. EVEN: no load needs a mask; the table's parts are whole steps of tokens anyway.
 DERIVED = {
-    forward_kernel: dict(EVEN=even),
-    table_gradient_kernel: dict(PARTS=parts_of_tokens, EVEN=even),
-    input_gradient_kernel: dict(EVEN=even),
+    forward_kernel: dict(
+        EVEN=lambda a: a["B"] % a["BM"] == a["F"] % (a["BK"] // a["KN"]) == a["O"] % a["BN"] == a["N"] % a["KN"] == 0
+    ),
+    table_gradient_kernel: dict(
+        PARTS=parts_of_tokens,
+        EVEN=lambda a: a["B"] % a["BK"] == a["F"] % (a["BM"] // a["KN"]) == a["O"] % a["BN"] == 0,
+    ),
+    input_gradient_kernel: dict(EVEN=lambda a: a["B"] % a["BM"] == a["O"] % a["BK"] == 0),
 }
 
 
@@ -413,6 +409,11 @@ def on_gpu(device):
     return torch.cuda.device(device)
 
 
+def capability(device):
+    """The major number of its compute capability; the interpreter stands for an H100."""
+    return 9 if INTERPRETED.value else torch.cuda.get_device_capability(device)[0]
+
+
 LAUNCHES = {}
 
 
@@ -439,9 +440,10 @@ def launch(kernel, kind, grid, *arguments, **constants):
 
 def tile_for(kernel, kind, grid, *arguments, **constants):
     """The quickest choice for these arguments, which Triton finds by running all."""
+    major = capability(arguments[0].device)
     if INTERPRETED.value:
-        return choices(kernel, kind, 9)[-1].kwargs
-    run = tuned(kernel, kind, torch.cuda.get_device_capability(arguments[0].device)[0])
+        return choices(kernel, kind, major)[-1].kwargs
+    run = tuned(kernel, kind, major)
     run[grid](*arguments, **constants)
     return run.best_config.all_kwargs()
 
@@ -541,8 +543,7 @@ def table_gradient(g: Tensor, x: Tensor, N: int, spline_width: float, dtype: tor
         return g.new_zeros(F, N, O, dtype=dtype)
     out, KN, kind = g.new_empty(F, N, O, dtype=dtype), knots_at_once(N), kind_of(g.dtype, tf32)
     sizes = dict(B=B, F=F, O=O, N=N, KN=KN, multiprocessors=multiprocessors(x.device))
-    major = 9 if INTERPRETED.value else torch.cuda.get_device_capability(x.device)[0]
-    sums = x.new_empty(most_sums(kind, major, **sizes))
+    sums = x.new_empty(most_sums(kind, capability(x.device), **sizes))
     stride = triton.cdiv(B, 16) * 16  # so that rows are aligned
     columns = x.new_empty(F, stride)
     with on_gpu(x.device):

@@ -115,7 +115,7 @@ def test_every_tile_that_may_be_chosen(kernel, kind, monkeypatch):
         lambda: gpu.input_gradient(g, x, table, 4.0, tf32),
         lambda: gpu.table_gradient(g, x, 5, 4.0, torch.float32, tf32),
     ][which]
-    major = torch.cuda.get_device_capability()[0] if DEVICE == "cuda" else 9
+    major = gpu.capability(x.device)
     for tile in ALL_TILES[kernel, kind]:
         if not gpu.fits(kernel, tile, major):
             continue
