@@ -44,7 +44,7 @@ import torch.nn.functional as F
 
 import cli
 import kan_kernels
-from device import memory
+from device import keep_freed_memory, memory
 from kan_evaluations import EVALUATIONS
 from kan_layer import KANLayer
 
@@ -791,6 +791,7 @@ def main(arguments):
         raise ValueError(
             f"--{'cuda' if options.cuda else on_gpu[0]} needs a GPU, and PyTorch finds none here; leave it out"
         )
+    keep_freed_memory()  # as train.py does
     warnings.filterwarnings("ignore")  # what other libraries have to say about themselves
     kernels = torch.cuda.get_device_name() if on_gpu else "no kernels"
     if not on_gpu and kan_kernels.available():

@@ -1,6 +1,7 @@
 """Where a run runs: processes, device, number format, compiler. Each choice that "auto" makes comes with its reason."""
 
 import contextlib
+import ctypes
 import math
 import os
 import platform
@@ -39,7 +40,7 @@ class World:
 
 
 def choose_device(name, world):
-    """torch.device of a name or "auto"; ValueError if it can't be used here."""
+    """torch.device of a name or "auto", made ready; ValueError if it can't be used here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
@@ -56,6 +57,8 @@ def choose_device(name, world):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 
@@ -121,6 +124,21 @@ def matmul_gflops():
         a @ a
         seconds = min(seconds, time.perf_counter() - start)
     return 2 * 1024**3 / seconds / 1e9
+
+
+def keep_freed_memory():
+    """Let glibc keep what this process frees for what it allocates next, instead of giving it back to the system.
+
+    A step frees what the next one wants again, and memory from the system comes as a fault for every 4 KB. Kept, a CPU
+    step of 4 layers is 1.2 times as fast with a vocabulary of 1,024 (2,000 faults less) and 2.4 times with GPT-2's,
+    where peak memory grows by 0.3. Does nothing without glibc; what the environment says of the two (mallopt(3)) holds.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for name, option, value in (("MALLOC_TRIM_THRESHOLD_", -1, 2**31 - 1), ("MALLOC_MMAP_MAX_", -4, 0)):
+        if name not in os.environ:
+            mallopt(option, value)
 
 
 def memory(name):

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -503,6 +504,27 @@ def test_a_world_size_without_a_rank_is_not_ours(monkeypatch):
     assert (device.World().size, device.World().distributed) == (1, False)
     monkeypatch.setenv("RANK", "1")
     assert (device.World().size, device.World().rank) == (2, 1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc only")
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
+    script = (
+        "import resource, device\n"
+        "device.choose_device('cpu', device.World())\n"
+        "for _ in range(11):\n"
+        "    block = bytearray(2**26)\n"
+        "    block[:: 4096] = b'x' * 2**14\n"
+        "    del block\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    )
+
+    def faults(**environment):  # of the last ten times, the system's pages being of 4 KB or of 2 MB
+        run = dict(capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
+        seen = [int(line) for line in subprocess.run([sys.executable, "-c", script], **run).stdout.split()]
+        return seen[-1] - seen[0]
+
+    assert faults() < 100
+    assert faults(MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_MAX_="65536") > 200
 
 
 def test_peak_memory_is_not_the_parents():
