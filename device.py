@@ -131,7 +131,8 @@ def keep_freed_memory():
 
     A step frees what the next one wants again, and memory from the system comes as a fault for every 4 KB. Kept, a CPU
     step of 4 layers is 1.2 times as fast with a vocabulary of 1,024 (2,000 faults less) and 2.4 times with GPT-2's,
-    where peak memory grows by 0.3. Does nothing without glibc; what the environment says of the two (mallopt(3)) holds.
+    where peak memory grows by 0.3 (a Zen 5). Does nothing without glibc; what the environment says of the two settings
+    (mallopt(3)) holds.
     """
     if platform.libc_ver()[0] != "glibc":
         return
