@@ -20,6 +20,11 @@ stay in registers, so that one load of g = dL/dy serves all three gradients:
 
     S[i] = sum g    U[i] = sum t * g    dC[k] = S[k] - U[k] + U[k - 1]    dx = <g, C[i + 1] - C[i]> * (N - 1) / width
 
+That is for 32 registers. With 16 tiles are narrow, and what is done once a token and tile weighs more. There tokens keep
+their order where sorting by pairs has too many intervals, and rows come from the first-level cache (gathered_forward);
+in the backward dx is made for itself, token by token, from a cache of such rows (dots_of), and dC by pairs of features,
+three sums in registers, where N is small (paired_backward).
+
 Threads split the features: no atomics, and the result does not depend on their number. The forward's is the same for a
 given number of threads. What is saved between forward and backward is x alone.
 
@@ -131,13 +136,22 @@ constexpr bool HAS_PAIRS = false;
 INLINE void paired_look_up(vec<float>*, const BFloat16*, const BFloat16*, vec<float>) {}
 #endif
 
-template <class S, size_t... I> INLINE vec<S> add_pairs(vec<S> a, vec<S> b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, int(2 * I)...) + __builtin_shufflevector(a, b, int(2 * I + 1)...);
+// Even and odd pieces of every lane of a and b added, those of a first; lane and piece in numbers.
+template <class S, int lane, int piece, size_t... I>
+INLINE vec<S> add_pairs(vec<S> a, vec<S> b, std::index_sequence<I...>) {
+  constexpr auto from = [](int j, int odd) {
+    const int p = j % lane / piece, half = lane / piece / 2;
+    return (p >= half) * lanes<S> + j / lane * lane + (p % half * 2 + odd) * piece + j % piece;
+  };
+  return __builtin_shufflevector(a, b, from(I, 0)...) + __builtin_shufflevector(a, b, from(I, 1)...);
 }
-// The sums of L vectors, as one vector.
+// The sums of L vectors, as one vector. Numbers leave their 16 bytes last: with AVX2 that costs more.
 template <class S, int n = lanes<S>> INLINE vec<S> sums(const vec<S>* p) {
+  constexpr int L = lanes<S>, lane = 16 / sizeof(S);
   if constexpr (n == 1) return *p;
-  else return add_pairs<S>(sums<S, n / 2>(p), sums<S, n / 2>(p + n / 2), std::make_index_sequence<lanes<S>>());
+  else
+    return add_pairs<S, n <= lane ? lane : L, n <= lane ? 1 : lane>(sums<S, n / 2>(p), sums<S, n / 2>(p + n / 2),
+                                                                   std::make_index_sequence<L>());
 }
 
 // Memory in huge pages, if the system has some to give: tokens are visited in any order, and a core knows the addresses
@@ -262,30 +276,55 @@ template <class S> INLINE void locate(vec<S> x, const Layer<S>& layer, typename 
   t = u - __builtin_convertvector(i, vec<S>);
 }
 
-// The tokens in order of where a feature sends them, or a pair of features: of the interval i of a single one, of
-// i1 * (N - 1) + i2 of a pair. Interval k has tokens order[start[k]] to order[start[k + 1]]. t is by token, the second
-// feature's sorted_size(n) after the first's. order is followed by 16 valid entries, for whoever looks ahead.
+// Of L features: interval and position of each token, (n, L). Beyond count they are those of x = 0.
+template <class S> void locate_group(const S* x, const Layer<S>& layer, int count, int n, int32_t* i, S* t) {
+  constexpr int L = lanes<S>;
+  for (int b = 0; b < n; b++, x += layer.F, i += L, t += L) {
+    S xs[L] = {};
+    vec<S> ts;
+    typename Types<S>::ints is;
+    if (count < L) memcpy(xs, x, count * sizeof(S));
+    locate<S>(load<S>(count < L ? xs : x), layer, is, ts);
+    *(typename Types<S>::ints32*)i = __builtin_convertvector(is, typename Types<S>::ints32);
+    *(vec<S>*)t = ts;
+  }
+}
+
 constexpr int AHEAD = 16;
 inline int64_t sorted_size(int64_t n) { return (n + 2 * AHEAD - 1) / AHEAD * AHEAD; }
 inline int64_t intervals(int64_t N, int features) { return features == 2 ? (N - 1) * (N - 1) : N - 1; }
 
-template <int features, class S>
-void sort_tokens(const S* x, int n, const Layer<S>& layer, int32_t* order, int32_t* start, S* t, int32_t* interval) {
-  constexpr int L = lanes<S>;
-  typedef typename Types<S>::ints32 ints32;
-  const int N = layer.N, M = intervals(N, features);
-  for (int k = 0; k < features; k++, t += sorted_size(n)) {
-    for (int b = 0; b < n; b++) t[b] = x[b * layer.F + k];
-    for (int b = n; b < n + AHEAD; b++) t[b] = 0;
-    for (int b = 0; b < n; b += L) {
-      vec<S> ts;
-      typename Types<S>::ints i;
-      locate<S>(*(vec<S>*)(t + b), layer, i, ts);
-      ints32& here = *(ints32*)(interval + b);
-      here = __builtin_convertvector(i, ints32) + (k ? here * (N - 1) : ints32{});
-      *(vec<S>*)(t + b) = ts;
-    }
+// Counting sort of n tokens into M intervals. A counter that goes up twice in a row waits for itself, so K parts of the
+// tokens have counters of their own and take turns. interval is followed by room for K * M of them.
+template <int K, class Place> INLINE void sort_by(int32_t* interval, int n, int M, int32_t* start, Place place) {
+  int32_t* count = interval + sorted_size(n);
+  const int part = n / K;
+  const auto for_all = [&](auto visit) {
+    for (int b = 0; b < part; b++) UNROLL for (int k = 0; k < K; k++) visit(k * part + b, k);
+    for (int b = K * part; b < n; b++) visit(b, K - 1);
+  };
+  std::fill(count, count + K * M, 0);
+  for_all([&](int b, int k) { count[interval[b] * K + k]++; });
+  int before = 0;
+  for (int j = 0; j < K * M; j++) {
+    if (j % K == 0) start[j / K] = before;
+    before += std::exchange(count[j], before);
   }
+  start[M] = n;
+  for_all([&](int b, int k) { place(b, count[interval[b] * K + k]++); });
+}
+inline int64_t interval_size(int64_t n, int64_t M) { return sorted_size(n) + std::max(n, M); }
+
+// The tokens in order of where a feature sends them, or a pair of features: of the interval i of a single one, of
+// i1 * (N - 1) + i2 of a pair. Interval k has tokens order[start[k]] to order[start[k + 1]]. Their positions, in that
+// order too, are sorted_t (n, features). order is followed by 16 valid entries, for whoever looks ahead. i and t are
+// locate_group's, from the feature in question on.
+template <int features, class S>
+void sort_tokens(const int32_t* i, const S* t, int n, int N, int32_t* order, int32_t* start, S* sorted_t,
+                 int32_t* interval) {
+  constexpr int L = lanes<S>;
+  const int M = intervals(N, features);
+  for (int b = 0; b < n; b++) interval[b] = features == 2 ? i[b * L] * (N - 1) + i[b * L + 1] : i[b * L];
 #ifdef __AVX512F__
   if (M < 16) {  // few intervals: pick out the tokens of each, 16 at a time
     int filled = 0;
@@ -301,15 +340,27 @@ void sort_tokens(const S* x, int n, const Layer<S>& layer, int32_t* order, int32
       }
     }
     start[M] = filled;
+    for (int q = 0; q < n; q++) memcpy(sorted_t + features * q, t + order[q] * L, features * sizeof(S));
   } else
 #endif
   {
-    std::fill(start, start + M + 2, 0);
-    for (int b = 0; b < n; b++) start[interval[b] + 2]++;  // shifted by two, so that placing leaves the starts
-    for (int i = 2; i <= M + 1; i++) start[i] += start[i - 1];
-    for (int b = 0; b < n; b++) order[start[interval[b] + 1]++] = b;
+    const auto place = [&](int b, int q) {
+      order[q] = b;
+      memcpy(sorted_t + features * q, t + b * L, features * sizeof(S));
+    };
+    if (4 * M <= n) sort_by<4>(interval, n, M, start, place);
+    else sort_by<1>(interval, n, M, start, place);
   }
   std::fill(order + n, order + n + AHEAD, 0);
+}
+
+constexpr bool WIDE = VECTOR_BYTES == 64;        // so there are 32 registers, else 16
+constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4, and rows on Zen 3
+// With 16 registers: features go in pairs up to this N, and up to that they are gathered; measured on Zen 3 with AVX2.
+constexpr int PAIRED_MOST = 13, GATHERED_MOST = 64;
+
+template <class T> INLINE void prefetch_row(const T* row, int width) {
+  for (int o = 0; o < width; o += 64 / sizeof(T)) __builtin_prefetch(row + o);
 }
 
 // Rows of a tile of outputs, W wide, copied close together as S; what lies beyond O is zero.
@@ -317,12 +368,11 @@ template <class S, class T, int V>
 INLINE void pack(const T* rows, int64_t count, int64_t O, int width, S* to) {
   constexpr int L = lanes<S>, W = V * L;
   for (int64_t r = 0; r < count; r++, rows += O, to += W) {
+    prefetch_row(rows + ROWS_AHEAD * O, W);
     if (width == W) UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(to + v * L) = load<S>(rows + v * L);
     else for (int o = 0; o < W; o++) to[o] = o < width ? S(rows[o]) : S(0);
   }
 }
-
-constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4
 
 // How many tokens of a tile W wide to take at a time: what fills a fraction of the second-level cache, but enough to
 // give an interval some work (least), for which the third level is near enough, up to 4096.
@@ -345,7 +395,7 @@ INLINE const S* rows_of(const T* table, const Layer<S>& layer, int64_t f, int64_
   return stride = W, tile;
 }
 
-// Tokens as sort_tokens leaves them, but the positions in that order too: (n, 1 or 2), read from beginning to end.
+// Tokens as sort_tokens leaves them, or, for gathered_forward, order (n, L) are their offsets, and t (n, L).
 template <class S> struct Sorted {
   int32_t *order, *start;
   S* t;
@@ -371,7 +421,7 @@ void sorted_forward(const Layer<S>& layer, const T* table, int64_t f, int64_t o0
       for (int o = 0; o < 2 * W; o += 64 / sizeof(T)) __builtin_prefetch(o < W ? next + o : next + O + o - W, 0, 2);
     const S* c = inner;
     for (int i = 0; i < N - 1; i++, c += stride) {
-      if (R == 1) UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(c + ROWS_AHEAD * stride + v * L);
+      if (R == 1) prefetch_row(c + ROWS_AHEAD * stride, W);
       if (start[i] == start[i + 1]) continue;
       vec<S> below[V], rise[V];
       UNROLL for (int v = 0; v < V; v++) {
@@ -380,8 +430,7 @@ void sorted_forward(const Layer<S>& layer, const T* table, int64_t f, int64_t o0
         if (R == 2) below[v] += load<S>(outer + v * L);
       }
       for (int q = start[i]; q < start[i + 1]; q++) {
-        const S* ahead = y_tile + (int64_t)order[q + TOKENS_AHEAD] * W;
-        UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(ahead + v * L, 1);
+        if (WIDE) prefetch_row(y_tile + (int64_t)order[q + TOKENS_AHEAD] * W, W);
         S* y = y_tile + (int64_t)order[q] * W;
         const vec<S> outer_t = broadcast<S>(t[R * q]), inner_t = broadcast<S>(t[R * q + R - 1]);
         UNROLL for (int v = 0; v < V; v++) {
@@ -392,6 +441,25 @@ void sorted_forward(const Layer<S>& layer, const T* table, int64_t f, int64_t o0
         }
       }
     }
+  }
+}
+
+// L features or fewer (count), one tile, n tokens in their own order: y (n, W) += their curves. The two rows of token b
+// and feature k begin at offsets[b L + k] of rows (count, N, W).
+template <class S, int V>
+void gathered_forward(int n, int count, const int32_t* offsets, const S* t, const S* rows, S* y) {
+  constexpr int L = lanes<S>, W = V * L;
+  for (int b = 0; b < n; b++, offsets += L, t += L, y += W) {
+    vec<S> sum[V];
+    UNROLL for (int v = 0; v < V; v++) sum[v] = *(vec<S>*)(y + v * L);
+    UNROLL for (int k = 0; k < L; k++) {
+      if (k == count) break;
+      const S* below = rows + offsets[k];
+      const vec<S> ts = broadcast<S>(t[k]);
+      UNROLL for (int v = 0; v < V; v++) sum[v] += (1 - ts) * *(vec<S>*)(below + v * L);
+      UNROLL for (int v = 0; v < V; v++) sum[v] += ts * *(vec<S>*)(below + W + v * L);
+    }
+    UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(y + v * L) = sum[v];
   }
 }
 
@@ -477,7 +545,7 @@ template <class F> INLINE void with_tile(int V, F f) {
 constexpr int TILES[] = {8, 6, 4, 3, 2, 1};
 
 template <class S, class T, bool paired> void forward(const Layer<S>& layer, const S* x, const T* table, S* y) {
-  constexpr int L = lanes<S>, V_most = VECTOR_BYTES == 64 ? 8 : 4;  // three registers a vector: 32 are there, or 16
+  constexpr int L = lanes<S>, V_most = WIDE ? 8 : 4;  // three registers a vector
   const int64_t B = layer.B, F = layer.F, O = layer.O, N = layer.N;
   const int threads = thread_count(2.0 * B * F * O);
 
@@ -505,44 +573,57 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
   const int64_t limit =
       std::min(tokens_in_cache<S>(8 * L, 2, N > 32 ? 16 * N : 0), std::max<int64_t>(128, (1 << 24) / F));
   const int64_t blocks = (B + limit - 1) / limit, block = (B + blocks - 1) / blocks;
+  const bool gathered = !WIDE && N > PAIRED_MOST && N <= std::min<int64_t>(GATHERED_MOST, block / 2);
   int V = 1, R = 1;
   int64_t parts = 1;
   double best = 1e300;
   for (int v : TILES)
     for (int64_t p : {1, threads})
       for (int r : {1, 2}) {
-        if ((r == 2 && (N > 32 || F == 1)) || v > V_most) continue;
+        if ((r == 2 && (N > (WIDE ? 32 : PAIRED_MOST) || F == 1)) || v > V_most) continue;
         const int64_t tasks = (O + v * L - 1) / (v * L) * p;
         const double n = block / double(p), M = intervals(N, r);
         const double vector = v * VECTOR_BYTES / 16;
-        const double pass = n * (vector + 4 + 10 * r) + std::min(M, n) * (1.5 * vector + 30) + r * N * 4 * vector;
+        const double sorting = n * (4 + 10 * r) + std::min(M, n) * (1.5 * vector + 30) + r * N * 4 * vector;
+        const double pass = n * vector + (gathered ? 2 * n + N * vector : sorting);
         const double cost = (tasks + threads - 1) / threads * pass / r;
         if (cost < best) best = cost, V = v, R = r, parts = p;
       }
+  if (gathered) R = L;
   const int64_t W = V * L, tiles = (O + W - 1) / W, n_max = (block + parts - 1) / parts, groups = (F + R - 1) / R;
   const int64_t m = sorted_size(n_max);
 
   common.clear();
   std::vector<Sorted<S>> sorted(parts * groups);
-  for (auto& s : sorted) s = {common.take<int32_t>(m), common.take<int32_t>(intervals(N, R) + 2), common.take<S>(R * m)};
+  for (auto& s : sorted)
+    if (gathered) s = {common.take<int32_t>(R * m), nullptr, common.take<S>(R * m)};
+    else s = {common.take<int32_t>(m), common.take<int32_t>(intervals(N, R) + 1), common.take<S>(R * m)};
 
 #pragma omp parallel num_threads(threads)
   {
     own.clear();
-    S *tile = own.take<S>(R * N * W), *y_tile = own.take<S>(n_max * W), *t = own.take<S>(R * m);
-    int32_t* interval = own.take<int32_t>(m);
+    S *tile = own.take<S>(R * N * W), *y_tile = own.take<S>(n_max * W), *t = own.take<S>(L * m);
+    int32_t *i = own.take<int32_t>(L * m), *interval = own.take<int32_t>(interval_size(n_max, intervals(N, R)));
     for (int64_t first = 0; first < B; first += block) {
       // Part k of this block has tokens [begins(k), begins(k + 1)).
-      const int64_t n = std::min(block, B - first);
+      const int64_t n = std::min(block, B - first), gangs = (F + L - 1) / L;
       const auto begins = [&](int64_t k) { return first + n * k / parts; };
 #pragma omp for schedule(static)
-      for (int64_t z = 0; z < parts * groups; z++) {
-        const int64_t k = z / groups, f = z % groups * R, n = begins(k + 1) - begins(k);
-        const Sorted<S>& to = sorted[z];
-        const bool pair = R == 2 && f + 2 <= F;
-        (pair ? sort_tokens<2, S> : sort_tokens<1, S>)(x + begins(k) * F + f, n, layer, to.order, to.start, t, interval);
-        for (int64_t q = 0; q < n; q++)
-          for (int r = 0; r <= pair; r++) to.t[(1 + pair) * q + r] = t[r * sorted_size(n) + to.order[q]];
+      for (int64_t z = 0; z < parts * gangs; z++) {
+        const int64_t k = z / gangs, f = z % gangs * L, n = begins(k + 1) - begins(k);
+        const int count = std::min<int64_t>(L, F - f);
+        Sorted<S>* to = &sorted[k * groups + f / R];
+        const S* xs = x + begins(k) * F + f;
+        if (gathered) {
+          locate_group(xs, layer, count, n, to->order, to->t);
+          for (int64_t b = 0; b < n; b++)
+            for (int r = 0; r < L; r++) to->order[b * L + r] = (r * N + to->order[b * L + r]) * W;
+          continue;
+        }
+        locate_group(xs, layer, count, n, i, t);
+        for (int r = 0; r < count; r += R, to++)
+          if (R == 2 && r + 2 <= count) sort_tokens<2>(i + r, t + r, n, N, to->order, to->start, to->t, interval);
+          else sort_tokens<1>(i + r, t + r, n, N, to->order, to->start, to->t, interval);
       }
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < tiles * parts; task++) {
@@ -551,9 +632,17 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
         with_tile(V, [&](auto v) {
           constexpr int V = decltype(v)::value;
           const Sorted<S>* tokens = &sorted[k * groups];
-          int64_t f = 0;
-          if (R == 2) for (; f + 2 <= F; f += 2) sorted_forward<S, T, V, 2>(layer, table, f, o0, *tokens++, tile, y_tile);
-          for (; f < F; f++) sorted_forward<S, T, V, 1>(layer, table, f, o0, *tokens++, tile, y_tile);
+          for (int64_t f = 0; f < F; f += R, tokens++) {
+            if (gathered) {
+              const int count = std::min<int64_t>(L, F - f);
+              pack<S, T, V>(table + f * N * O + o0, count * N, O, std::min(W, O - o0), tile);
+              gathered_forward<S, V>(n, count, tokens->order, tokens->t, tile, y_tile);
+            } else if (R == 2 && f + 2 <= F) {
+              sorted_forward<S, T, V, 2>(layer, table, f, o0, *tokens, tile, y_tile);
+            } else {
+              sorted_forward<S, T, V, 1>(layer, table, f, o0, *tokens, tile, y_tile);
+            }
+          }
         });
         const int64_t width = std::min(W, O - o0);
         for (int64_t b = 0; b < n; b++) memcpy(y + (begins(k) + b) * O + o0, y_tile + b * W, width * sizeof(S));
@@ -570,47 +659,113 @@ using write_once = std::integral_constant<Write, Write::once>;
 using write_streamed = std::integral_constant<Write, Write::streamed>;
 using write_added = std::integral_constant<Write, Write::added>;
 
-// One feature, one tile of outputs, n tokens of g. along: for each token the vector whose sum over its numbers and all
-// tiles is <g, C[i + 1] - C[i]>; begun in the first tile.
+template <class S, Write write> INLINE void put(S* p, vec<S> value) {
+  if constexpr (write == Write::streamed) stream(p, value);
+  else store(p, write == Write::added ? load<S>(p) + value : value);
+}
+
+// dC of one feature, one tile of outputs, n tokens of g. If WIDE, along too: for each token the vector whose sum over its
+// numbers and all tiles is <g, C[i + 1] - C[i]>; begun in the first tile.
 template <class S, int V, Write write>
 void sorted_backward(int N, const S* c, int64_t c_stride, S* d, int64_t d_stride, const S* g, const int32_t* order,
                      const int32_t* start, const S* t, bool first, vec<S>* along) {
   constexpr int L = lanes<S>, W = V * L;
-  auto put = [&](int v, vec<S> value) __attribute__((always_inline)) {
-    if constexpr (write == Write::streamed) stream(d + v * L, value);
-    else store(d + v * L, write == Write::added ? load<S>(d + v * L) + value : value);
-  };
   vec<S> carry[V];  // U of the interval below
   UNROLL for (int v = 0; v < V; v++) carry[v] = vec<S>{};
   for (int i = 0; i < N - 1; i++, c += c_stride, d += d_stride) {
-    UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(c + ROWS_AHEAD * c_stride + v * L);
+    if (WIDE) prefetch_row(c + ROWS_AHEAD * c_stride, W);
     vec<S> sum[V], weighted[V];  // S and U
     UNROLL for (int v = 0; v < V; v++) sum[v] = weighted[v] = vec<S>{};
     if (start[i] != start[i + 1]) {
       vec<S> rise[V];
-      UNROLL for (int v = 0; v < V; v++) rise[v] = load<S>(c + c_stride + v * L) - load<S>(c + v * L);
+      if (WIDE) UNROLL for (int v = 0; v < V; v++) rise[v] = load<S>(c + c_stride + v * L) - load<S>(c + v * L);
       for (int q = start[i]; q < start[i + 1]; q++) {
-        const S* ahead = g + (int64_t)order[q + TOKENS_AHEAD] * W;
-        UNROLL for (int v = 0; v < V; v++) __builtin_prefetch(ahead + v * L);
+        if (WIDE) prefetch_row(g + (int64_t)order[q + TOKENS_AHEAD] * W, W);
         const int b = order[q];
-        const vec<S> ts = broadcast<S>(t[b]);
-        vec<S> dot = first ? vec<S>{} : along[b];
+        const vec<S> ts = broadcast<S>(t[q]);
+        vec<S> dot = {};
+        if (WIDE && !first) dot = along[b];
         UNROLL for (int v = 0; v < V; v++) {
           vec<S> gs = *(const vec<S>*)(g + (int64_t)b * W + v * L);
           KEEP(gs);
           sum[v] += gs;
           weighted[v] += ts * gs;
-          dot += rise[v] * gs;
+          if (WIDE) dot += rise[v] * gs;
         }
-        along[b] = dot;
+        if (WIDE) along[b] = dot;
       }
     }
     UNROLL for (int v = 0; v < V; v++) {
-      put(v, carry[v] + sum[v] - weighted[v]);
+      put<S, write>(d + v * L, carry[v] + sum[v] - weighted[v]);
       carry[v] = weighted[v];
     }
   }
-  UNROLL for (int v = 0; v < V; v++) put(v, carry[v]);
+  UNROLL for (int v = 0; v < V; v++) put<S, write>(d + v * L, carry[v]);
+}
+
+// dC of a pair of features, sorted by both intervals, so that a load of g serves both; the second's is `between` after
+// the first's. both (2, N - 1, 2, W) is for S and U of each.
+template <class S, int V, Write write>
+void paired_backward(int N, S* d, int64_t d_stride, int64_t between, const S* g, const int32_t* order,
+                     const int32_t* start, const S* t, S* both) {
+  constexpr int L = lanes<S>, W = V * L;
+  std::fill(both, both + 4 * (N - 1) * W, S(0));
+  S *outer = both, *inner = both + 2 * (N - 1) * W;
+  for (int j = 0; j < N - 1; j++, start += N - 1, outer += 2 * W) {
+    S* to = inner;
+    for (int i = 0; i < N - 1; i++, to += 2 * W) {
+      if (start[i] == start[i + 1]) continue;
+      vec<S> sum[V] = {}, outer_weighted[V] = {}, inner_weighted[V] = {};
+      for (int q = start[i]; q < start[i + 1]; q++) {
+        const vec<S> outer_t = broadcast<S>(t[2 * q]), inner_t = broadcast<S>(t[2 * q + 1]);
+        UNROLL for (int v = 0; v < V; v++) {
+          vec<S> gs = *(const vec<S>*)(g + (int64_t)order[q] * W + v * L);
+          KEEP(gs);
+          sum[v] += gs;
+          outer_weighted[v] += outer_t * gs;
+          inner_weighted[v] += inner_t * gs;
+        }
+      }
+      UNROLL for (int v = 0; v < V; v++) {
+        *(vec<S>*)(outer + v * L) += sum[v];
+        *(vec<S>*)(outer + W + v * L) += outer_weighted[v];
+        *(vec<S>*)(to + v * L) += sum[v];
+        *(vec<S>*)(to + W + v * L) += inner_weighted[v];
+      }
+    }
+  }
+  for (int r = 0; r < 2; r++, d += between) {
+    vec<S> carry[V] = {};
+    S* row = d;
+    for (int i = 0; i < N - 1; i++, both += 2 * W, row += d_stride)
+      UNROLL for (int v = 0; v < V; v++) {
+        const vec<S> weighted = *(vec<S>*)(both + W + v * L);
+        put<S, write>(row + v * L, carry[v] + *(vec<S>*)(both + v * L) - weighted);
+        carry[v] = weighted;
+      }
+    UNROLL for (int v = 0; v < V; v++) put<S, write>(row + v * L, carry[v]);
+  }
+}
+
+// <g, C[i + 1] - C[i]> of n tokens and one tile, for L features or fewer (count), added to dots (n, L). The difference
+// for token b and feature k is at offsets[b L + k] of rises (count, N - 1, W).
+template <class S, int V>
+void dots_of(int n, int count, const int32_t* offsets, const S* rises, const S* g, bool first, S* dots) {
+  constexpr int L = lanes<S>, W = V * L;
+  for (int b = 0; b < n; b++, offsets += L, g += W, dots += L) {
+    vec<S> gs[V], along[L] = {};
+    UNROLL for (int v = 0; v < V; v++) {
+      gs[v] = *(const vec<S>*)(g + v * L);
+      KEEP(gs[v]);
+    }
+    UNROLL for (int k = 0; k < L; k++) {
+      if (k == count) break;
+      UNROLL for (int v = 0; v < V; v++) along[k] += gs[v] * *(const vec<S>*)(rises + offsets[k] + v * L);
+    }
+    vec<S> sum = sums<S>(along);
+    if (!first) sum += *(vec<S>*)dots;
+    *(vec<S>*)dots = sum;
+  }
 }
 
 template <class S, class T>
@@ -631,21 +786,24 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
   const int64_t limit = tokens_in_cache<S>(W, 5, 32 * N);
   const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks;
   const int64_t blocks_a_pass = std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(S)), 1, blocks);
-  const int64_t FB = std::clamp<int64_t>(F / (4 * threads), 1, 8);
   const bool aligned = O * sizeof(S) % VECTOR_BYTES == 0;
   const bool streamed = blocks == 1 && aligned && F * N * O * int64_t(sizeof(S)) >= 4 << 20;
+  const int R = !WIDE && N <= PAIRED_MOST ? 2 : 1;
+  const int64_t FB = R * std::clamp<int64_t>(F / (4 * threads * R), 1, std::min(8, L) / R);
 
   common.clear();
   S* packed = common.take<S>(blocks_a_pass * tiles * n_max * W);
 
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t m = sorted_size(n_max);
+    const int64_t m = sorted_size(n_max), M = intervals(N, R) + 1;
     own.clear();
-    int32_t *order = own.take<int32_t>(FB * m), *start = own.take<int32_t>(FB * (N + 1));
-    int32_t* interval = own.take<int32_t>(m);
-    S *t = own.take<S>(FB * m), *dots = own.take<S>(FB * m), *tile = own.take<S>(N * W), *d_tile = own.take<S>(N * W);
-    vec<S>* along = own.take<vec<S>>(FB * m);
+    int32_t *order = own.take<int32_t>(FB * m), *start = own.take<int32_t>(FB * M), *i = own.take<int32_t>(L * m);
+    int32_t* interval = own.take<int32_t>(interval_size(n_max, intervals(N, R)));
+    S *sorted_t = own.take<S>(FB * m), *t = own.take<S>(L * m), *dots = own.take<S>(L * m);
+    S *tile = own.take<S>(FB * N * W), *d_tile = own.take<S>(R * N * W);
+    S* both = R == 2 ? own.take<S>(4 * N * W) : nullptr;
+    vec<S>* along = WIDE ? own.take<vec<S>>(FB * m) : nullptr;
 
     for (int64_t first = 0; first < blocks; first += blocks_a_pass) {
       const int64_t in_pass = std::min(blocks_a_pass, blocks - first);
@@ -662,26 +820,51 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
         const int64_t fn = std::min(FB, F - f0);
         for (int64_t block = first; block < first + in_pass; block++) {
           const int64_t b0 = block * n_max, n = std::min(n_max, B - b0);
-          for (int64_t f = 0; f < fn; f++)
-            sort_tokens<1>(x + b0 * F + f0 + f, n, layer, order + f * m, start + f * (N + 1), t + f * m, interval);
+          locate_group(x + b0 * F + f0, layer, fn, n, i, t);
+          for (int64_t f = 0; f < fn; f += R)
+            if (R == 2 && f + 2 <= fn)
+              sort_tokens<2>(i + f, t + f, n, N, order + f * m, start + f * M, sorted_t + f * m, interval);
+            else sort_tokens<1>(i + f, t + f, n, N, order + f * m, start + f * M, sorted_t + f * m, interval);
+          if (!WIDE)  // into offsets of rises
+            for (int64_t b = 0; b < n; b++)
+              for (int k = 0; k < L; k++) i[b * L + k] = (k * (N - 1) + i[b * L + k]) * W;
           for (int64_t k = 0; k < tiles; k++) {
             const int64_t o0 = k * W;
             const S* g_tile = packed + ((block - first) * tiles + k) * n_max * W;
-            for (int64_t f = 0; f < fn; f++) {
-              with_tile(V, [&](auto v) {
-                constexpr int V = decltype(v)::value;
-                if constexpr (V <= V_most) {
-                  int64_t stride;
-                  const S* c = rows_of<S, T, V>(table, layer, f0 + f, o0, tile, stride);
+            with_tile(V, [&](auto v) {
+              constexpr int V = decltype(v)::value;
+              if constexpr (V <= V_most) {
+                if (!WIDE) {
+                  for (int64_t f = 0; f < fn; f++) {
+                    int64_t stride;
+                    const S* c = rows_of<S, T, V>(table, layer, f0 + f, o0, d_tile, stride);
+                    S* to = tile + f * (N - 1) * W;
+                    for (int r = 0; r < N - 1; r++, c += stride, to += W) {
+                      prefetch_row(c + ROWS_AHEAD * stride, W);
+                      UNROLL for (int v = 0; v < V; v++)
+                        *(vec<S>*)(to + v * L) = load<S>(c + stride + v * L) - load<S>(c + v * L);
+                    }
+                  }
+                  dots_of<S, V>(n, fn, i, tile, g_tile, k == 0, dots);
+                }
+                for (int64_t f = 0; f < fn; f += R) {
+                  const bool pair = R == 2 && f + 2 <= fn;
                   S* d = dtable + (f0 + f) * N * O + o0;
                   const auto run = [&](auto write, S* d, int64_t d_stride) {
-                    sorted_backward<S, V, decltype(write)::value>(N, c, stride, d, d_stride, g_tile, order + f * m,
-                                                                  start + f * (N + 1), t + f * m, k == 0,
-                                                                  along + f * m);
+                    constexpr Write how = decltype(write)::value;
+                    if (pair) {
+                      paired_backward<S, V, how>(N, d, d_stride, N * d_stride, g_tile, order + f * m, start + f * M,
+                                                 sorted_t + f * m, both);
+                    } else {
+                      int64_t stride = 0;
+                      const S* c = WIDE ? rows_of<S, T, V>(table, layer, f0 + f, o0, tile, stride) : nullptr;
+                      sorted_backward<S, V, how>(N, c, stride, d, d_stride, g_tile, order + f * m, start + f * M,
+                                                 sorted_t + f * m, k == 0, along + f * m);
+                    }
                   };
                   if (o0 + W > O) {  // the last tile, if narrower
                     run(write_once(), d_tile, W);
-                    for (int64_t r = 0; r < N; r++)
+                    for (int64_t r = 0; r < (1 + pair) * N; r++)
                       for (int64_t j = 0; j < O - o0; j++)
                         d[r * O + j] = (block ? d[r * O + j] : S(0)) + d_tile[r * W + j];
                   } else if (block) {
@@ -692,13 +875,17 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
                     run(write_once(), d, O);
                   }
                 }
-              });
-            }
+              }
+            });
           }
-          for (int64_t f = 0; f < fn; f++)
-            for (int64_t b = 0; b < n; b += L) store(dots + f * m + b, sums<S>(along + f * m + b));
+          if (WIDE)
+            for (int64_t f = 0; f < fn; f++)
+              for (int64_t b = 0; b < n; b += L) {
+                const vec<S> sum = sums<S>(along + f * m + b);
+                for (int k = 0; k < L; k++) dots[(b + k) * L + f] = sum[k];
+              }
           for (int64_t b = 0; b < n; b++)
-            for (int64_t f = 0; f < fn; f++) dx[(b0 + b) * F + f0 + f] = dots[f * m + b] * layer.inv;
+            for (int64_t f = 0; f < fn; f++) dx[(b0 + b) * F + f0 + f] = dots[b * L + f] * layer.inv;
         }
       }
     }

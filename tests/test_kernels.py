@@ -67,7 +67,10 @@ def test_any_shape_matches_the_reference(B, F, N, O, dtype, width, threads, seed
         (3, 60, 8, 70),  # direct: few tokens, features shared out
         (90, 20, 8, 200),  # pairs: tiles of outputs shared out
         (300, 9, 5, 33),  # pairs and one left over: one tile, tokens shared out
-        (120, 16, 40, 150),  # one by one
+        (120, 16, 40, 150),  # one by one; with 16 registers gathered
+        (300, 71, 6, 40),  # pairs and one left over, of several groups
+        (300, 19, 30, 70),  # the same, gathered
+        (2600, 3, 20, 40),  # gathered, several blocks of tokens
         (2600, 2, 4, 40),  # a pair, several blocks of tokens
         (4500, 1, 20, 40),  # one, several blocks of tokens, the last shorter
         (1, 1, 2, 1),
@@ -94,8 +97,9 @@ def test_the_same_whatever_else_happens(threads):
         assert torch.equal(a, b)
 
 
-def test_gradients_do_not_depend_on_the_number_of_threads():
-    layer, x, g = make(700, 64, 8, 200)
+@pytest.mark.parametrize("F, N", [(64, 8), (20, 8), (19, 32)])
+def test_gradients_do_not_depend_on_the_number_of_threads(F, N):
+    layer, x, g = make(700, F, N, 200)
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
