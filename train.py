@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import cli
 import kan_parameterizations
+import muon
 from data.bins import TokenData
 from device import World, choose_compile, choose_device, choose_dtype, cpu_name, matmul_gflops, peak_memory
 from kan_layer import IMPLS, INITS
@@ -184,7 +185,7 @@ def make_optimizers(model, config, device):
     optimizers = []
     if config.optimizer == "muon":
         # Its steps scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both.
-        optimizers.append(torch.optim.Muon([matrices], adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(muon.choose(device)([matrices], adjust_lr_fn="match_rms_adamw"))
     else:
         groups.append(matrices)
     fused = device.type in ("cuda", "cpu")

@@ -21,6 +21,7 @@ import checkpoint
 import cli
 import device
 import log
+import muon
 import train
 from model import GPT, GPTConfig, count
 
@@ -334,6 +335,34 @@ def test_an_overflow_in_float16_is_a_step_of_no_optimizer(tiny, monkeypatch, ove
     model, before = made
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert checkpoint.load_optimizer_state(Path(config.out_dir) / "latest")["scaler"]["scale"] == 2.0**15
+
+
+def test_muon_in_float32_is_torchs_without_rounding(monkeypatch):
+    """Three steps: torch.optim.Muon's, if its bfloat16 is made float32; and its states are each other's."""
+    start = [torch.randn(20, 50), torch.randn(50, 20), torch.randn(1, 7)]
+    made = []
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    for kind in (torch.optim.Muon, muon.Float32Muon):
+        matrices = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = kind(matrices, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            for p in matrices:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        made.append((matrices, optimizer))
+    (want, theirs), (got, ours) = made
+    assert all(torch.allclose(a, b, atol=1e-6) and not torch.equal(a, c) for a, b, c in zip(want, got, start))
+    theirs.load_state_dict(ours.state_dict()), ours.load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    "cpu, kind, expected",
+    [("AVX2", "cpu", muon.Float32Muon), ("AVX512", "cpu", torch.optim.Muon), ("AVX2", "cuda", torch.optim.Muon)],
+)
+def test_muon_multiplies_what_the_machine_can(monkeypatch, cpu, kind, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    assert muon.choose(torch.device(kind)) is expected
 
 
 def test_compiled_training_is_the_same(tiny, capsys):
