@@ -1,8 +1,9 @@
 """Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) where a CPU can't multiply bfloat16.
 
-A matrix's step is its momentum with all singular values made about 1 by Newton-Schulz iterations, a handful of matrix
-products. torch.optim.Muon does them in bfloat16 whatever it runs on. Without AVX-512 a CPU has no fast product of
-those: a step of a swiglu GPT 256 wide took 7.8 s, where AdamW's took 0.22, and takes 0.45 so (Zen 3, one thread).
+A matrix's step is its momentum, with a little more of the last gradient, all singular values made about 1 by
+Newton-Schulz iterations, a handful of matrix products. torch.optim.Muon does them in bfloat16 whatever it runs on.
+Without AVX-512 a CPU has no fast product of those: a step of a swiglu GPT 256 wide took 7.8 s, where AdamW's took 0.22,
+and takes 0.45 so (Zen 3, one thread).
 
     x = m / |m|    five times: g = x x^T, x = a x + (b g + c g g) x    W -= lr (0.2 sqrt(longer side) x + decay W)
 """
@@ -20,6 +21,7 @@ class Float32Muon(torch.optim.Muon):
         assert closure is None
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
+            assert group["nesterov"] and group["adjust_lr_fn"] == "match_rms_adamw"
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:

@@ -20,10 +20,11 @@ stay in registers, so that one load of g = dL/dy serves all three gradients:
 
     S[i] = sum g    U[i] = sum t * g    dC[k] = S[k] - U[k] + U[k - 1]    dx = <g, C[i + 1] - C[i]> * (N - 1) / width
 
-That is for 32 registers. With 16 tiles are narrow, and what is done once a token and tile weighs more. There tokens keep
-their order where sorting by pairs has too many intervals, and rows come from the first-level cache (gathered_forward);
-in the backward dx is made for itself, token by token, from a cache of such rows (dots_of), and dC by pairs of features,
-three sums in registers, where N is small (paired_backward).
+One pass for all three takes 32 registers. With 16, tiles are narrow, and what is done once a token and tile weighs more:
+dC is made by pairs of features where N is small, with three sums in registers (paired_backward), and dx in a pass of its
+own, token by token, from the differences of rows (dots_of). The forward is by pairs up to a smaller N, and beyond it
+leaves the tokens in their order and copies rows close together, into the first-level cache or the second
+(gathered_forward).
 
 Threads split the features: no atomics, and the result does not depend on their number. The forward's is the same for a
 given number of threads. What is saved between forward and backward is x alone.
@@ -290,6 +291,12 @@ template <class S> void locate_group(const S* x, const Layer<S>& layer, int coun
   }
 }
 
+// Those intervals as where their rows begin, features having so many each.
+template <class S> void to_offsets(int32_t* i, int n, int rows, int width) {
+  for (int b = 0; b < n; b++, i += lanes<S>)
+    for (int k = 0; k < lanes<S>; k++) i[k] = (k * rows + i[k]) * width;
+}
+
 constexpr int AHEAD = 16;
 inline int64_t sorted_size(int64_t n) { return (n + 2 * AHEAD - 1) / AHEAD * AHEAD; }
 inline int64_t intervals(int64_t N, int features) { return features == 2 ? (N - 1) * (N - 1) : N - 1; }
@@ -320,7 +327,7 @@ inline int64_t interval_size(int64_t n, int64_t M) { return sorted_size(n) + std
 // order too, are sorted_t (n, features). order is followed by 16 valid entries, for whoever looks ahead. i and t are
 // locate_group's, from the feature in question on.
 template <int features, class S>
-void sort_tokens(const int32_t* i, const S* t, int n, int N, int32_t* order, int32_t* start, S* sorted_t,
+void sort_features(const int32_t* i, const S* t, int n, int N, int32_t* order, int32_t* start, S* sorted_t,
                  int32_t* interval) {
   constexpr int L = lanes<S>;
   const int M = intervals(N, features);
@@ -353,14 +360,22 @@ void sort_tokens(const int32_t* i, const S* t, int n, int N, int32_t* order, int
   }
   std::fill(order + n, order + n + AHEAD, 0);
 }
+template <class S, class... Rest> void sort_tokens(bool pair, const int32_t* i, const S* t, Rest... rest) {
+  pair ? sort_features<2, S>(i, t, rest...) : sort_features<1, S>(i, t, rest...);
+}
 
-constexpr bool WIDE = VECTOR_BYTES == 64;        // so there are 32 registers, else 16
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool ROOMY = true;  // 32 registers, else 16
+#else
+constexpr bool ROOMY = false;
+#endif
+constexpr int V_most = ROOMY ? 8 : 4;            // three registers a vector
 constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4, and rows on Zen 3
 // With 16 registers: features go in pairs up to this N, and up to that they are gathered; measured on Zen 3 with AVX2.
 constexpr int PAIRED_MOST = 13, GATHERED_MOST = 64;
 
-template <class T> INLINE void prefetch_row(const T* row, int width) {
-  for (int o = 0; o < width; o += 64 / sizeof(T)) __builtin_prefetch(row + o);
+template <int to_write = 0, class T> INLINE void prefetch_row(const T* row, int width) {
+  for (int o = 0; o < width; o += 64 / sizeof(T)) __builtin_prefetch(row + o, to_write);
 }
 
 // Rows of a tile of outputs, W wide, copied close together as S; what lies beyond O is zero.
@@ -430,7 +445,7 @@ void sorted_forward(const Layer<S>& layer, const T* table, int64_t f, int64_t o0
         if (R == 2) below[v] += load<S>(outer + v * L);
       }
       for (int q = start[i]; q < start[i + 1]; q++) {
-        if (WIDE) prefetch_row(y_tile + (int64_t)order[q + TOKENS_AHEAD] * W, W);
+        if (ROOMY) prefetch_row<1>(y_tile + (int64_t)order[q + TOKENS_AHEAD] * W, W);
         S* y = y_tile + (int64_t)order[q] * W;
         const vec<S> outer_t = broadcast<S>(t[R * q]), inner_t = broadcast<S>(t[R * q + R - 1]);
         UNROLL for (int v = 0; v < V; v++) {
@@ -545,7 +560,7 @@ template <class F> INLINE void with_tile(int V, F f) {
 constexpr int TILES[] = {8, 6, 4, 3, 2, 1};
 
 template <class S, class T, bool paired> void forward(const Layer<S>& layer, const S* x, const T* table, S* y) {
-  constexpr int L = lanes<S>, V_most = WIDE ? 8 : 4;  // three registers a vector
+  constexpr int L = lanes<S>;
   const int64_t B = layer.B, F = layer.F, O = layer.O, N = layer.N;
   const int threads = thread_count(2.0 * B * F * O);
 
@@ -573,14 +588,14 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
   const int64_t limit =
       std::min(tokens_in_cache<S>(8 * L, 2, N > 32 ? 16 * N : 0), std::max<int64_t>(128, (1 << 24) / F));
   const int64_t blocks = (B + limit - 1) / limit, block = (B + blocks - 1) / blocks;
-  const bool gathered = !WIDE && N > PAIRED_MOST && N <= std::min<int64_t>(GATHERED_MOST, block / 2);
+  const bool gathered = !ROOMY && N > PAIRED_MOST && N <= GATHERED_MOST;
   int V = 1, R = 1;
   int64_t parts = 1;
   double best = 1e300;
   for (int v : TILES)
     for (int64_t p : {1, threads})
       for (int r : {1, 2}) {
-        if ((r == 2 && (N > (WIDE ? 32 : PAIRED_MOST) || F == 1)) || v > V_most) continue;
+        if ((r == 2 && (N > (ROOMY ? 32 : PAIRED_MOST) || F == 1)) || v > V_most) continue;
         const int64_t tasks = (O + v * L - 1) / (v * L) * p;
         const double n = block / double(p), M = intervals(N, r);
         const double vector = v * VECTOR_BYTES / 16;
@@ -616,14 +631,12 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
         const S* xs = x + begins(k) * F + f;
         if (gathered) {
           locate_group(xs, layer, count, n, to->order, to->t);
-          for (int64_t b = 0; b < n; b++)
-            for (int r = 0; r < L; r++) to->order[b * L + r] = (r * N + to->order[b * L + r]) * W;
+          to_offsets<S>(to->order, n, N, W);
           continue;
         }
         locate_group(xs, layer, count, n, i, t);
         for (int r = 0; r < count; r += R, to++)
-          if (R == 2 && r + 2 <= count) sort_tokens<2>(i + r, t + r, n, N, to->order, to->start, to->t, interval);
-          else sort_tokens<1>(i + r, t + r, n, N, to->order, to->start, to->t, interval);
+          sort_tokens(R == 2 && r + 2 <= count, i + r, t + r, n, N, to->order, to->start, to->t, interval);
       }
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < tiles * parts; task++) {
@@ -664,7 +677,7 @@ template <class S, Write write> INLINE void put(S* p, vec<S> value) {
   else store(p, write == Write::added ? load<S>(p) + value : value);
 }
 
-// dC of one feature, one tile of outputs, n tokens of g. If WIDE, along too: for each token the vector whose sum over its
+// dC of one feature, one tile of outputs, n tokens of g; if ROOMY, along too: of each token the vector whose sum over its
 // numbers and all tiles is <g, C[i + 1] - C[i]>; begun in the first tile.
 template <class S, int V, Write write>
 void sorted_backward(int N, const S* c, int64_t c_stride, S* d, int64_t d_stride, const S* g, const int32_t* order,
@@ -673,26 +686,26 @@ void sorted_backward(int N, const S* c, int64_t c_stride, S* d, int64_t d_stride
   vec<S> carry[V];  // U of the interval below
   UNROLL for (int v = 0; v < V; v++) carry[v] = vec<S>{};
   for (int i = 0; i < N - 1; i++, c += c_stride, d += d_stride) {
-    if (WIDE) prefetch_row(c + ROWS_AHEAD * c_stride, W);
+    if (ROOMY) prefetch_row(c + ROWS_AHEAD * c_stride, W);
     vec<S> sum[V], weighted[V];  // S and U
     UNROLL for (int v = 0; v < V; v++) sum[v] = weighted[v] = vec<S>{};
     if (start[i] != start[i + 1]) {
       vec<S> rise[V];
-      if (WIDE) UNROLL for (int v = 0; v < V; v++) rise[v] = load<S>(c + c_stride + v * L) - load<S>(c + v * L);
+      if (ROOMY) UNROLL for (int v = 0; v < V; v++) rise[v] = load<S>(c + c_stride + v * L) - load<S>(c + v * L);
       for (int q = start[i]; q < start[i + 1]; q++) {
-        if (WIDE) prefetch_row(g + (int64_t)order[q + TOKENS_AHEAD] * W, W);
+        if (ROOMY) prefetch_row(g + (int64_t)order[q + TOKENS_AHEAD] * W, W);
         const int b = order[q];
         const vec<S> ts = broadcast<S>(t[q]);
         vec<S> dot = {};
-        if (WIDE && !first) dot = along[b];
+        if (ROOMY && !first) dot = along[b];
         UNROLL for (int v = 0; v < V; v++) {
           vec<S> gs = *(const vec<S>*)(g + (int64_t)b * W + v * L);
           KEEP(gs);
           sum[v] += gs;
           weighted[v] += ts * gs;
-          if (WIDE) dot += rise[v] * gs;
+          if (ROOMY) dot += rise[v] * gs;
         }
-        if (WIDE) along[b] = dot;
+        if (ROOMY) along[b] = dot;
       }
     }
     UNROLL for (int v = 0; v < V; v++) {
@@ -770,7 +783,7 @@ void dots_of(int n, int count, const int32_t* offsets, const S* rises, const S* 
 
 template <class S, class T>
 void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* dx, S* dtable) {
-  constexpr int L = lanes<S>, V_most = VECTOR_BYTES == 32 ? 4 : 8;  // three registers a vector: 16 are there, or 32
+  constexpr int L = lanes<S>;
   const int64_t B = layer.B, F = layer.F, O = layer.O, N = layer.N;
   const int threads = thread_count(3.0 * B * F * O);
 
@@ -788,7 +801,7 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
   const int64_t blocks_a_pass = std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(S)), 1, blocks);
   const bool aligned = O * sizeof(S) % VECTOR_BYTES == 0;
   const bool streamed = blocks == 1 && aligned && F * N * O * int64_t(sizeof(S)) >= 4 << 20;
-  const int R = !WIDE && N <= PAIRED_MOST ? 2 : 1;
+  const int R = !ROOMY && N <= PAIRED_MOST ? 2 : 1;
   const int64_t FB = R * std::clamp<int64_t>(F / (4 * threads * R), 1, std::min(8, L) / R);
 
   common.clear();
@@ -801,9 +814,9 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
     int32_t *order = own.take<int32_t>(FB * m), *start = own.take<int32_t>(FB * M), *i = own.take<int32_t>(L * m);
     int32_t* interval = own.take<int32_t>(interval_size(n_max, intervals(N, R)));
     S *sorted_t = own.take<S>(FB * m), *t = own.take<S>(L * m), *dots = own.take<S>(L * m);
-    S *tile = own.take<S>(FB * N * W), *d_tile = own.take<S>(R * N * W);
+    S *tile = own.take<S>((ROOMY ? 1 : FB) * N * W), *d_tile = own.take<S>(R * N * W);
     S* both = R == 2 ? own.take<S>(4 * N * W) : nullptr;
-    vec<S>* along = WIDE ? own.take<vec<S>>(FB * m) : nullptr;
+    vec<S>* along = ROOMY ? own.take<vec<S>>(FB * m) : nullptr;
 
     for (int64_t first = 0; first < blocks; first += blocks_a_pass) {
       const int64_t in_pass = std::min(blocks_a_pass, blocks - first);
@@ -820,26 +833,24 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
         const int64_t fn = std::min(FB, F - f0);
         for (int64_t block = first; block < first + in_pass; block++) {
           const int64_t b0 = block * n_max, n = std::min(n_max, B - b0);
-          locate_group(x + b0 * F + f0, layer, fn, n, i, t);
+          locate_group(x + b0 * F + f0, layer, std::min<int64_t>(L, F - f0), n, i, t);
           for (int64_t f = 0; f < fn; f += R)
-            if (R == 2 && f + 2 <= fn)
-              sort_tokens<2>(i + f, t + f, n, N, order + f * m, start + f * M, sorted_t + f * m, interval);
-            else sort_tokens<1>(i + f, t + f, n, N, order + f * m, start + f * M, sorted_t + f * m, interval);
-          if (!WIDE)  // into offsets of rises
-            for (int64_t b = 0; b < n; b++)
-              for (int k = 0; k < L; k++) i[b * L + k] = (k * (N - 1) + i[b * L + k]) * W;
+            sort_tokens(R == 2 && f + 2 <= fn, i + f, t + f, n, N, order + f * m, start + f * M, sorted_t + f * m,
+                        interval);
+          if (!ROOMY) to_offsets<S>(i, n, N - 1, W);
           for (int64_t k = 0; k < tiles; k++) {
             const int64_t o0 = k * W;
             const S* g_tile = packed + ((block - first) * tiles + k) * n_max * W;
             with_tile(V, [&](auto v) {
               constexpr int V = decltype(v)::value;
               if constexpr (V <= V_most) {
-                if (!WIDE) {
+                if (!ROOMY) {
                   for (int64_t f = 0; f < fn; f++) {
                     int64_t stride;
                     const S* c = rows_of<S, T, V>(table, layer, f0 + f, o0, d_tile, stride);
                     S* to = tile + f * (N - 1) * W;
                     for (int r = 0; r < N - 1; r++, c += stride, to += W) {
+                      if (R == 1 && start[f * M + r] == start[f * M + r + 1]) continue;  // which no token asks for
                       prefetch_row(c + ROWS_AHEAD * stride, W);
                       UNROLL for (int v = 0; v < V; v++)
                         *(vec<S>*)(to + v * L) = load<S>(c + stride + v * L) - load<S>(c + v * L);
@@ -857,7 +868,7 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
                                                  sorted_t + f * m, both);
                     } else {
                       int64_t stride = 0;
-                      const S* c = WIDE ? rows_of<S, T, V>(table, layer, f0 + f, o0, tile, stride) : nullptr;
+                      const S* c = ROOMY ? rows_of<S, T, V>(table, layer, f0 + f, o0, tile, stride) : nullptr;
                       sorted_backward<S, V, how>(N, c, stride, d, d_stride, g_tile, order + f * m, start + f * M,
                                                  sorted_t + f * m, k == 0, along + f * m);
                     }
@@ -878,7 +889,7 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
               }
             });
           }
-          if (WIDE)
+          if (ROOMY)
             for (int64_t f = 0; f < fn; f++)
               for (int64_t b = 0; b < n; b += L) {
                 const vec<S> sum = sums<S>(along + f * m + b);
