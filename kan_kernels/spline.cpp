@@ -21,10 +21,10 @@ stay in registers, so that one load of g = dL/dy serves all three gradients:
     S[i] = sum g    U[i] = sum t * g    dC[k] = S[k] - U[k] + U[k - 1]    dx = <g, C[i + 1] - C[i]> * (N - 1) / width
 
 One pass for all three takes 32 registers. With 16, tiles are narrow, and what is done once a token and tile weighs more:
-dC is made by pairs of features where N is small, with three sums in registers (paired_backward), and dx in a pass of its
-own, token by token, from the differences of rows (dots_of). The forward is by pairs up to a smaller N, and beyond it
-leaves the tokens in their order and copies rows close together, into the first-level cache or the second
-(gathered_forward).
+if intervals have tokens enough, dx is made in a pass of its own, token by token, from the differences of rows (dots_of),
+and dC by pairs of features where N is small, with three sums in registers (paired_backward). The forward is by pairs up
+to a smaller N, and beyond it leaves the tokens in their order and copies rows close together, into the first-level cache
+or the second (gathered_forward).
 
 Threads split the features: no atomics, and the result does not depend on their number. The forward's is the same for a
 given number of threads. What is saved between forward and backward is x alone.
@@ -677,35 +677,35 @@ template <class S, Write write> INLINE void put(S* p, vec<S> value) {
   else store(p, write == Write::added ? load<S>(p) + value : value);
 }
 
-// dC of one feature, one tile of outputs, n tokens of g; if ROOMY, along too: of each token the vector whose sum over its
-// numbers and all tiles is <g, C[i + 1] - C[i]>; begun in the first tile.
-template <class S, int V, Write write>
+// dC of one feature, one tile of outputs, n tokens of g; if at_once, along too: of each token the vector whose sum over
+// its numbers and all tiles is <g, C[i + 1] - C[i]>, begun in the first tile.
+template <class S, int V, Write write, bool at_once>
 void sorted_backward(int N, const S* c, int64_t c_stride, S* d, int64_t d_stride, const S* g, const int32_t* order,
                      const int32_t* start, const S* t, bool first, vec<S>* along) {
   constexpr int L = lanes<S>, W = V * L;
   vec<S> carry[V];  // U of the interval below
   UNROLL for (int v = 0; v < V; v++) carry[v] = vec<S>{};
   for (int i = 0; i < N - 1; i++, c += c_stride, d += d_stride) {
-    if (ROOMY) prefetch_row(c + ROWS_AHEAD * c_stride, W);
+    if (at_once) prefetch_row(c + ROWS_AHEAD * c_stride, W);
     vec<S> sum[V], weighted[V];  // S and U
     UNROLL for (int v = 0; v < V; v++) sum[v] = weighted[v] = vec<S>{};
     if (start[i] != start[i + 1]) {
       vec<S> rise[V];
-      if (ROOMY) UNROLL for (int v = 0; v < V; v++) rise[v] = load<S>(c + c_stride + v * L) - load<S>(c + v * L);
+      if (at_once) UNROLL for (int v = 0; v < V; v++) rise[v] = load<S>(c + c_stride + v * L) - load<S>(c + v * L);
       for (int q = start[i]; q < start[i + 1]; q++) {
         if (ROOMY) prefetch_row(g + (int64_t)order[q + TOKENS_AHEAD] * W, W);
         const int b = order[q];
         const vec<S> ts = broadcast<S>(t[q]);
         vec<S> dot = {};
-        if (ROOMY && !first) dot = along[b];
+        if (at_once && !first) dot = along[b];
         UNROLL for (int v = 0; v < V; v++) {
           vec<S> gs = *(const vec<S>*)(g + (int64_t)b * W + v * L);
           KEEP(gs);
           sum[v] += gs;
           weighted[v] += ts * gs;
-          if (ROOMY) dot += rise[v] * gs;
+          if (at_once) dot += rise[v] * gs;
         }
-        if (ROOMY) along[b] = dot;
+        if (at_once) along[b] = dot;
       }
     }
     UNROLL for (int v = 0; v < V; v++) {
@@ -801,7 +801,8 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
   const int64_t blocks_a_pass = std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(S)), 1, blocks);
   const bool aligned = O * sizeof(S) % VECTOR_BYTES == 0;
   const bool streamed = blocks == 1 && aligned && F * N * O * int64_t(sizeof(S)) >= 4 << 20;
-  const int R = !ROOMY && N <= PAIRED_MOST ? 2 : 1;
+  const bool at_once = ROOMY || n_max < 24 * N;  // else dx gets a pass of its own; measured on Zen 3 with AVX2
+  const int R = !at_once && N <= PAIRED_MOST ? 2 : 1;
   const int64_t FB = R * std::clamp<int64_t>(F / (4 * threads * R), 1, std::min(8, L) / R);
 
   common.clear();
@@ -814,9 +815,9 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
     int32_t *order = own.take<int32_t>(FB * m), *start = own.take<int32_t>(FB * M), *i = own.take<int32_t>(L * m);
     int32_t* interval = own.take<int32_t>(interval_size(n_max, intervals(N, R)));
     S *sorted_t = own.take<S>(FB * m), *t = own.take<S>(L * m), *dots = own.take<S>(L * m);
-    S *tile = own.take<S>((ROOMY ? 1 : FB) * N * W), *d_tile = own.take<S>(R * N * W);
+    S *tile = own.take<S>((at_once ? 1 : FB) * N * W), *d_tile = own.take<S>(R * N * W);
     S* both = R == 2 ? own.take<S>(4 * N * W) : nullptr;
-    vec<S>* along = ROOMY ? own.take<vec<S>>(FB * m) : nullptr;
+    vec<S>* along = at_once ? own.take<vec<S>>(FB * m) : nullptr;
 
     for (int64_t first = 0; first < blocks; first += blocks_a_pass) {
       const int64_t in_pass = std::min(blocks_a_pass, blocks - first);
@@ -837,20 +838,19 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
           for (int64_t f = 0; f < fn; f += R)
             sort_tokens(R == 2 && f + 2 <= fn, i + f, t + f, n, N, order + f * m, start + f * M, sorted_t + f * m,
                         interval);
-          if (!ROOMY) to_offsets<S>(i, n, N - 1, W);
+          if (!at_once) to_offsets<S>(i, n, N - 1, W);
           for (int64_t k = 0; k < tiles; k++) {
             const int64_t o0 = k * W;
             const S* g_tile = packed + ((block - first) * tiles + k) * n_max * W;
             with_tile(V, [&](auto v) {
               constexpr int V = decltype(v)::value;
               if constexpr (V <= V_most) {
-                if (!ROOMY) {
+                if (!at_once) {
                   for (int64_t f = 0; f < fn; f++) {
                     int64_t stride;
                     const S* c = rows_of<S, T, V>(table, layer, f0 + f, o0, d_tile, stride);
                     S* to = tile + f * (N - 1) * W;
                     for (int r = 0; r < N - 1; r++, c += stride, to += W) {
-                      if (R == 1 && start[f * M + r] == start[f * M + r + 1]) continue;  // which no token asks for
                       prefetch_row(c + ROWS_AHEAD * stride, W);
                       UNROLL for (int v = 0; v < V; v++)
                         *(vec<S>*)(to + v * L) = load<S>(c + stride + v * L) - load<S>(c + v * L);
@@ -863,14 +863,18 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
                   S* d = dtable + (f0 + f) * N * O + o0;
                   const auto run = [&](auto write, S* d, int64_t d_stride) {
                     constexpr Write how = decltype(write)::value;
+                    const int32_t *in_order = order + f * m, *starts = start + f * M;
+                    const S* ts = sorted_t + f * m;
                     if (pair) {
-                      paired_backward<S, V, how>(N, d, d_stride, N * d_stride, g_tile, order + f * m, start + f * M,
-                                                 sorted_t + f * m, both);
+                      paired_backward<S, V, how>(N, d, d_stride, N * d_stride, g_tile, in_order, starts, ts, both);
+                    } else if (at_once) {
+                      int64_t stride;
+                      const S* c = rows_of<S, T, V>(table, layer, f0 + f, o0, tile, stride);
+                      sorted_backward<S, V, how, true>(N, c, stride, d, d_stride, g_tile, in_order, starts, ts, k == 0,
+                                                       along + f * m);
                     } else {
-                      int64_t stride = 0;
-                      const S* c = ROOMY ? rows_of<S, T, V>(table, layer, f0 + f, o0, tile, stride) : nullptr;
-                      sorted_backward<S, V, how>(N, c, stride, d, d_stride, g_tile, order + f * m, start + f * M,
-                                                 sorted_t + f * m, k == 0, along + f * m);
+                      sorted_backward<S, V, how, false>(N, nullptr, 0, d, d_stride, g_tile, in_order, starts, ts, false,
+                                                        nullptr);
                     }
                   };
                   if (o0 + W > O) {  // the last tile, if narrower
@@ -889,7 +893,7 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
               }
             });
           }
-          if (ROOMY)
+          if (at_once)
             for (int64_t f = 0; f < fn; f++)
               for (int64_t b = 0; b < n; b += L) {
                 const vec<S> sum = sums<S>(along + f * m + b);
