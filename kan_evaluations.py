@@ -297,7 +297,7 @@ def bucketize(x, table, spline_width, knots=None):
 
 
 def cpp(x, table, spline_width):
-    """kan_kernels/spline.cpp, the layer's own on a CPU: the look-up, sorted in both directions, compiled. Saves only x.
+    """kan_kernels/spline.cpp, the layer's own on a CPU: the look-up, sorted where it pays, compiled. Saves only x.
     Needs a C++ compiler."""
     if not kan_kernels.available():
         raise ValueError(f"the kernels can't be built: {kan_kernels.load()}")
