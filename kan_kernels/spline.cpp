@@ -328,7 +328,7 @@ inline int64_t interval_size(int64_t n, int64_t M) { return sorted_size(n) + std
 // locate_group's, from the feature in question on.
 template <int features, class S>
 void sort_features(const int32_t* i, const S* t, int n, int N, int32_t* order, int32_t* start, S* sorted_t,
-                 int32_t* interval) {
+                   int32_t* interval) {
   constexpr int L = lanes<S>;
   const int M = intervals(N, features);
   for (int b = 0; b < n; b++) interval[b] = features == 2 ? i[b * L] * (N - 1) + i[b * L + 1] : i[b * L];
@@ -490,17 +490,14 @@ void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f
   for (int64_t f = f0; f < f1; f += GANG) {
     const int gang = std::min<int64_t>(GANG, f1 - f);
     for (int64_t b = 0; b < layer.B; b++) {
-      S xs[L] = {}, ts[L], above[GANG] = {}, below[GANG] = {};
+      S above[GANG] = {}, below[GANG] = {};
+      alignas(VECTOR_BYTES) S ts[L];
+      alignas(VECTOR_BYTES) int32_t i[L];
       int64_t in_vectors = whole;
       vec<S> weights[GANG] = {};
-      typename Types<S>::ints i;
-      vec<S> tv;
-      static_assert(L >= 2);
       const T* c[GANG];
       for (int k0 = 0; k0 < gang; k0 += L) {
-        memcpy(xs, x + b * layer.F + f + k0, std::min(gang - k0, L) * sizeof(S));
-        locate<S>(load<S>(xs), layer, i, tv);
-        store(ts, tv);
+        locate_group(x + b * layer.F + f + k0, layer, std::min(gang - k0, L), 1, i, ts);
         for (int k = k0; k < std::min(gang, k0 + L); k++) {
           c[k] = table + ((f + k) * N + i[k - k0]) * O;
           above[k] = ts[k - k0];
@@ -760,6 +757,18 @@ void paired_backward(int N, S* d, int64_t d_stride, int64_t between, const S* g,
   }
 }
 
+// The differences of one feature's rows in a tile, (N - 1, W); scratch is as large as the rows.
+template <class S, class T, int V>
+void rises_of(const T* table, const Layer<S>& layer, int64_t f, int64_t o0, S* scratch, S* rises) {
+  constexpr int L = lanes<S>, W = V * L;
+  int64_t stride;
+  const S* c = rows_of<S, T, V>(table, layer, f, o0, scratch, stride);
+  for (int i = 0; i < layer.N - 1; i++, c += stride, rises += W) {
+    prefetch_row(c + ROWS_AHEAD * stride, W);
+    UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(rises + v * L) = load<S>(c + stride + v * L) - load<S>(c + v * L);
+  }
+}
+
 // <g, C[i + 1] - C[i]> of n tokens and one tile, for L features or fewer (count), added to dots (n, L). The difference
 // for token b and feature k is at offsets[b L + k] of rises (count, N - 1, W).
 template <class S, int V>
@@ -846,16 +855,8 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
               constexpr int V = decltype(v)::value;
               if constexpr (V <= V_most) {
                 if (!at_once) {
-                  for (int64_t f = 0; f < fn; f++) {
-                    int64_t stride;
-                    const S* c = rows_of<S, T, V>(table, layer, f0 + f, o0, d_tile, stride);
-                    S* to = tile + f * (N - 1) * W;
-                    for (int r = 0; r < N - 1; r++, c += stride, to += W) {
-                      prefetch_row(c + ROWS_AHEAD * stride, W);
-                      UNROLL for (int v = 0; v < V; v++)
-                        *(vec<S>*)(to + v * L) = load<S>(c + stride + v * L) - load<S>(c + v * L);
-                    }
-                  }
+                  for (int64_t f = 0; f < fn; f++)
+                    rises_of<S, T, V>(table, layer, f0 + f, o0, d_tile, tile + f * (N - 1) * W);
                   dots_of<S, V>(n, fn, i, tile, g_tile, k == 0, dots);
                 }
                 for (int64_t f = 0; f < fn; f += R) {
