@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kan_kernels
 import kan_parameterizations
 from kan_layer import KANLayer
 
@@ -44,7 +45,13 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
+        qkv = self.c_attn(x)
+        p = self.dropout if self.training else 0.0
+        float32_on_cpu = x.device.type == "cpu" and qkv.dtype == torch.float32
+        if float32_on_cpu and cache is None and p == 0 and kan_kernels.available():
+            y = kan_kernels.attention(qkv, self.n_head, *(rotation or ()), qk_norm=self.qk_norm)  # what follows, as one
+            return self.resid_dropout(self.c_proj(y))
+        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
         qk, v = qkv.split((2, 1), dim=2)
         q, k = (qk if rotation is None else rotate(qk, *rotation)).unbind(2)  # (B, H, T, D) each
         v = v.squeeze(2)
@@ -57,7 +64,6 @@ class CausalSelfAttention(nn.Module):
             causal = S == 0
             if S and T > 1:  # token i of these T sees the first S + i + 1
                 mask = torch.ones(T, S + T, dtype=torch.bool, device=x.device).tril(S)
-        p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask, dropout_p=p, is_causal=causal)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 

@@ -1,17 +1,23 @@
-"""The spline layer's own kernels: spline.cpp for CPUs, here, and gpu.py, in Triton, for CUDA.
+"""The project's own kernels: for CPUs those here, and for CUDA gpu.py, in Triton.
 
-spline.cpp is built where it runs, on first use (about 20 seconds, once) or ahead of it with `python -m kan_kernels`,
-and kept in $SPLINEGPT_CACHE, by default ~/.cache/splinegpt, under a name that changes with the source, the compiler,
-the CPU and PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX names. $SPLINEGPT_MARCH is the
-compiler's -march, if it should be another than native (x86-64-v3: any CPU with AVX2).
+spline.cpp, the layer, and attention.cpp are built where they run, on first use (half a minute, once) or ahead of it
+with `python -m kan_kernels`, and kept in $SPLINEGPT_CACHE, by default ~/.cache/splinegpt, under a name that goes by the
+sources, the compiler, the CPU and PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX names.
+$SPLINEGPT_MARCH is the compiler's -march, if it should be another than native (x86-64-v3: any CPU with AVX2).
 
     spline(x, table, spline_width, rounded=False) -> y
 
 of x (B, F), table (F, N, O) and y (B, O); it has gradients, compiles and exports. x and table are both float32 or both
 float64; a bfloat16 table may come with a float32 x. All sums are in x's type. rounded allows, with a bfloat16 table,
 that positions t are rounded to bfloat16 too, which makes a few tokens 1.4 times as fast on a CPU with AVX512-BF16.
+
+    attention(qkv, heads, cos=None, sin=None, qk_norm=False) -> y
+
+of qkv (B, T, 3 C), one after the other what the heads of q, k and v have, and y (B, T, C), in float32, causal: what
+model.py says in PyTorch's operators, rotary positions by cos and sin (T, C / heads) and QK-norm included.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -28,7 +34,9 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("spline.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / f"{name}.cpp" for name in ("spline", "autograd", "attention")]  # the slowest first
+HEADER = FOLDER / "vectors.h"
 # Products and sums may be fused, errno and floating-point traps are nobody's concern; NaN and infinities are kept.
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp"]
 FLAGS += ["-Wno-psabi", f"-march={os.environ.get('SPLINEGPT_MARCH') or 'native'}"]
@@ -59,7 +67,8 @@ def cpu():
 def library(command):
     """Where the library built by this compiler for this machine belongs."""
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (SOURCE.read_text(), FLAGS, command, version, platform.machine(), cpu(), torch.__version__)
+    sources = [path.read_text() for path in (*SOURCES, HEADER)]
+    parts = (sources, FLAGS, command, version, platform.machine(), cpu(), torch.__version__)
     return cache_folder() / f"spline-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
 
 
@@ -96,25 +105,29 @@ def build():
 
 def compile_to(target, command):
     start = time.perf_counter()
-    print("compiling the CPU kernels of the spline layer, once, about 20 seconds ...", file=sys.stderr, flush=True)
+    print("compiling the CPU kernels, once, half a minute ...", file=sys.stderr, flush=True)
     root = Path(torch.__file__).parent
     includes = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     # PyTorch's own OpenMP library, where it brings one: with two of them, two sets of threads would fight for cores.
     openmp = [str(path) for path in sorted((root / "lib").glob("libgomp*.so*"))] or ["-fopenmp"]
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *openmp]
     unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+    objects = [Path(f"{unfinished}.{source.stem}.o") for source in SOURCES]
+
+    def run(arguments):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
+            raise RuntimeError(f"{command[0]} failed: {' | '.join(line.strip() for line in lines[:2])[:400]}")
+
     try:
-        for step in (
-            [*command, *FLAGS, *includes, "-c", str(SOURCE), "-o", f"{unfinished}.o"],
-            [*command, "-shared", f"{unfinished}.o", "-o", str(unfinished), *libraries],
-        ):
-            done = subprocess.run(step, capture_output=True, text=True, check=False)
-            if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:]
-                raise RuntimeError(f"{command[0]} failed: {' | '.join(line.strip() for line in lines[:2])[:400]}")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            steps = ([*FLAGS, *includes, "-c", str(a), "-o", str(b)] for a, b in zip(SOURCES, objects, strict=True))
+            list(pool.map(run, steps))
+        run(["-shared", *map(str, objects), "-o", str(unfinished), *libraries])
         os.replace(unfinished, target)
     finally:
-        for leftover in (unfinished, Path(f"{unfinished}.o")):
+        for leftover in (unfinished, *objects):
             leftover.unlink(missing_ok=True)
     print(f"compiled in {time.perf_counter() - start:.0f} s: {target}", file=sys.stderr, flush=True)
 
@@ -126,7 +139,6 @@ def load():
         torch.ops.load_library(build())
     except Exception as error:  # whatever it is, there are none: a $CXX that is no command, a library that is cut off
         return str(error)
-    ops = torch.ops.splinegpt_cpu
 
     @torch.library.register_fake("splinegpt_cpu::spline")
     def _(x, table, spline_width, rounded=False):
@@ -136,28 +148,25 @@ def load():
     def _(g, x, table, spline_width):
         return x.new_empty(x.shape), x.new_empty(table.shape)
 
-    def setup(ctx, inputs, output):
-        x, table, ctx.spline_width, _ = inputs
-        ctx.save_for_backward(x, table)
+    @torch.library.register_fake("splinegpt_cpu::attention")
+    def _(qkv, heads, cos, sin, qk_norm):
+        return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
-    def backward(ctx, g):
-        x, table = ctx.saved_tensors
-        grad_x, grad_table = ops.spline_backward(g, x, table, ctx.spline_width)
-        return grad_x, grad_table.to(table.dtype), None, None
+    @torch.library.register_fake("splinegpt_cpu::attention_backward")
+    def _(g, qkv, heads, cos, sin, qk_norm):
+        return qkv.new_empty(qkv.shape)
 
     def twice(ctx, *_):
-        raise RuntimeError("impl='cpp' has no second derivatives; impl='dense' has")
+        raise RuntimeError("the C++ kernels have no second derivatives; impl='dense' has, of the spline layer")
 
-    torch.library.register_autograd("splinegpt_cpu::spline", backward, setup_context=setup)
     torch.library.register_autograd("splinegpt_cpu::spline_backward", twice)
+    torch.library.register_autograd("splinegpt_cpu::attention_backward", twice)
     return None
 
 
 @functools.cache
 def warn_once(reason, where="CPU"):
-    warnings.warn(
-        f"the spline layer's fast {where} kernels are not used, PyTorch's operators are: {reason}", stacklevel=2
-    )
+    warnings.warn(f"the fast {where} kernels are not used, PyTorch's operators are: {reason}", stacklevel=2)
 
 
 @torch.compiler.assume_constant_result
@@ -198,3 +207,7 @@ def gpu_available():
 
 def spline(x, table, spline_width, rounded=False):
     return torch.ops.splinegpt_cpu.spline(x, table, spline_width, rounded)
+
+
+def attention(qkv, heads, cos=None, sin=None, qk_norm=False):
+    return torch.ops.splinegpt_cpu.attention(qkv, heads, cos, sin, qk_norm)

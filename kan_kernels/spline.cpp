@@ -44,7 +44,6 @@ Legend
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
 #include <omp.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 #include <unistd.h>
 
@@ -56,69 +55,17 @@ Legend
 #include <string>
 #include <utility>
 #include <vector>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
-#if defined(__AVX512F__)
-#define VECTOR_BYTES 64
-#define KEEP(x) asm("" : "+v"(x))  // in a register: the compiler would rather load it once for every use
-#elif defined(__AVX2__)
-#define VECTOR_BYTES 32
-#define KEEP(x) asm("" : "+x"(x))
-#else
-#define VECTOR_BYTES 16
-#define KEEP(x)
-#endif
+#include "vectors.h"
 
 namespace {
 
+using namespace splinegpt;
 using at::Tensor;
 using c10::BFloat16;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Vectors and memory
-
-template <class S> struct Types;
-template <> struct Types<float> {
-  typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
-  typedef float unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
-  typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
-  typedef int32_t ints32 __attribute__((vector_size(VECTOR_BYTES)));
-};
-template <> struct Types<double> {
-  typedef double vec __attribute__((vector_size(VECTOR_BYTES)));
-  typedef double unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
-  typedef int64_t ints __attribute__((vector_size(VECTOR_BYTES)));
-  typedef int32_t ints32 __attribute__((vector_size(VECTOR_BYTES / 2)));
-};
-template <class S> using vec = typename Types<S>::vec;
-template <class S> constexpr int lanes = VECTOR_BYTES / sizeof(S);
-
-template <class S> INLINE void store(S* p, vec<S> v) { *(typename Types<S>::unaligned*)p = v; }
-template <class S> INLINE vec<S> broadcast(S s) { return s - vec<S>{}; }
-template <class S, class T> INLINE vec<S> load(const T* p) {
-  if constexpr (std::is_same_v<S, T>) {
-    return *(const typename Types<S>::unaligned*)p;
-  } else {  // a bfloat16 is the upper half of a float
-    typedef uint16_t half __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
-    typedef uint32_t whole __attribute__((vector_size(VECTOR_BYTES)));
-    return (vec<S>)(__builtin_convertvector(*(const half*)p, whole) << 16);
-  }
-}
-
-// Past the caches: what is written once and read much later should not push out what is in use. p must be aligned.
-template <class S> INLINE void stream(S* p, vec<S> v) {
-#ifdef __AVX512F__
-  _mm512_stream_si512((__m512i*)p, (__m512i)v);
-#elif defined(__AVX2__)
-  _mm256_stream_si256((__m256i*)p, (__m256i)v);
-#else
-  store(p, v);
-#endif
-}
 
 // The paired dot product of bfloat16, acc += a.low * b.low + a.high * b.high, is one look-up.
 #ifdef __AVX512BF16__
@@ -154,52 +101,6 @@ template <class S, int n = lanes<S>> INLINE vec<S> sums(const vec<S>* p) {
     return add_pairs<S, n <= lane ? lane : L, n <= lane ? 1 : lane>(sums<S, n / 2>(p), sums<S, n / 2>(p + n / 2),
                                                                    std::make_index_sequence<L>());
 }
-
-// Memory in huge pages, if the system has some to give: tokens are visited in any order, and a core knows the addresses
-// of some seventy pages at a time.
-char* allocate(size_t bytes) {
-  constexpr size_t page = 1 << 21;
-  const size_t alignment = bytes < page / 8 ? 4096 : page;
-  bytes = (bytes + alignment - 1) / alignment * alignment;
-  char* p = (char*)aligned_alloc(alignment, bytes);
-  if (!p) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (alignment == page) madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-  return p;
-}
-
-// Working memory, kept from call to call: to map fresh pages would take longer than the layer itself. What a call needs
-// is found out by taking it; from the next call on it is one piece.
-struct Arena {
-  std::vector<std::pair<char*, size_t>> pieces;
-  size_t used = 0;  // of the last piece
-  ~Arena() { release(); }
-  void release() {
-    for (auto& piece : pieces) free(piece.first);
-    pieces.clear();
-    used = 0;
-  }
-  void clear() {
-    used = 0;
-    if (pieces.size() < 2) return;
-    size_t size = 0;
-    for (auto& piece : pieces) size += piece.second;
-    release();
-    pieces.emplace_back(allocate(size), size);
-  }
-  template <class T> T* take(size_t n) {  // aligned to 64 bytes; the odd line keeps buffers off each other's cache sets
-    const size_t bytes = (n * sizeof(T) + 63) / 64 * 64 + 64;
-    if (pieces.empty() || used + bytes > pieces.back().second) {
-      pieces.emplace_back(allocate(bytes), bytes);
-      used = 0;
-    }
-    used += bytes;
-    return (T*)(pieces.back().first + used - bytes);
-  }
-};
-thread_local Arena own;     // of one thread
-thread_local Arena common;  // of the calling thread, for what all threads share
 
 // Gradients of large tables. The C library gives memory of that size back to the system and fetches it again at every
 // step, page by page: 18 ms for the 75 MB of a 384 to 384 layer at N = 128, three times its whole backward. So freed

@@ -197,7 +197,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
         y = KANLayer(8, 8)(torch.randn(40, 8))
-print(y.shape, [str(w.message) for w in caught if "spline" in str(w.message)])
+print(y.shape, [str(w.message) for w in caught if "kernels" in str(w.message)])
 """
 
 
@@ -275,6 +275,13 @@ for B, F, N, O in (*SHAPES, *((B, 64, 8, 300) for B in (1, 4, 16, 64, 300))):
             results.append([y, *torch.autograd.grad(y, (a, module.kan_weight), g.to(kind))])
         for got, want in zip(*results):
             assert (got - want).norm() < {2: 3e-3, 4: 1e-5, 8: 1e-13}[dtype.itemsize] * want.norm(), (B, F, N, O, dtype)
+for shape, heads in ((2, 70, 3 * 40), 2), ((1, 33, 3 * 3), 1):
+    qkv, g = torch.randn(shape, requires_grad=True), torch.randn(*shape[:2], shape[2] // 3)
+    y = kan_kernels.attention(qkv, heads)
+    q, k, v = qkv.double().view(*shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+    for got, want in zip((y, *torch.autograd.grad(y, qkv, g)), (exact, *torch.autograd.grad(exact, qkv, g.double()))):
+        assert (got - want).norm() < 1e-6 * want.norm(), shape
 print(torch.ops.splinegpt_cpu.instruction_set())
 """
 

@@ -1,0 +1,366 @@
+/*
+Causal self-attention on a CPU, forward and backward, from one matrix product's output to the next one's input:
+
+    q, k, v = qkv[b, t, 0 .. 2, h]    q and k turned by their position (RoPE), then divided by the root mean square of
+                                      each (QK-norm); either, both or none
+    y[b, i, h] = sum_j P[i, j] v[j]   P[i] = softmax over j <= i of <q[i], k[j]> / sqrt(D)
+
+With PyTorch's operators the products of 64 tokens and 32 channels took less than half of the time, the rest was turning,
+copying and adding up gradients, each a pass over memory of its own; and the half of P that is zero was computed as well.
+Here a head's rows are read where they are, turned on the way, and everything else happens in the second-level cache.
+
+What is saved for the backward is qkv alone. It makes P again, and with g = dL/dy
+
+    dv = P^T g    dP = g v^T    dS = P * (dP - row sums of P * dP)    dq = dS k / sqrt(D)    dk = dS^T q / sqrt(D)
+
+Threads split the heads of all sequences: the result does not depend on their number.
+
+Legend
+    B sequences, T tokens, H heads, D channels of a head, C = H D    qkv (B, T, 3, H, D)    y, g (B, T, H, D)
+    L numbers in a vector, R rows of a matrix product at a time; TP and DP: T and D rounded up to both, to L
+    i a query, j a key
+*/
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <omp.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+
+#include "vectors.h"
+
+namespace {
+
+using namespace splinegpt;
+using at::Tensor;
+using V = vec<float>;
+constexpr int L = lanes<float>;
+constexpr int R = VECTOR_BYTES == 64 ? 8 : 4;  // R x 2 vectors of sums, and what they are made of, fit the registers
+constexpr int64_t QUERIES = 64;                // of a block in the backward: so many rows of P and dP at a time
+
+INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Matrix products, R rows at a time
+
+// c (R, W vectors) = a b, or += it. a's entry (r, s) is a[r * a_row + s * a_step], so it may be a transposed matrix.
+template <int W, bool add>
+INLINE void product_of(int64_t n, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
+                       float* c, int64_t c_row) {
+  V sum[R][W];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int w = 0; w < W; w++) sum[r][w] = add ? load<float>(c + r * c_row + w * L) : V{};
+  for (int64_t s = 0; s < n; s++, a += a_step, b += b_row) {
+    V bs[W];
+    UNROLL for (int w = 0; w < W; w++) {
+      bs[w] = load<float>(b + w * L);
+      KEEP(bs[w]);
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+      const V ar = broadcast(a[r * a_row]);
+      UNROLL for (int w = 0; w < W; w++) sum[r][w] += ar * bs[w];
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int w = 0; w < W; w++) store(c + r * c_row + w * L, sum[r][w]);
+}
+
+// The same for any width that L divides.
+template <bool add>
+__attribute__((noinline)) void product(int64_t n, int64_t width, const float* a, int64_t a_row, int64_t a_step,
+                                       const float* b, int64_t b_row, float* c, int64_t c_row) {
+  int64_t o = 0;
+  for (; o + 2 * L <= width; o += 2 * L) product_of<2, add>(n, a, a_row, a_step, b + o, b_row, c + o, c_row);
+  if (o < width) product_of<1, add>(n, a, a_row, a_step, b + o, b_row, c + o, c_row);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The softmax of a row
+
+template <int half, size_t... I> INLINE V swapped(V v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, (I ^ half)...);
+}
+// All numbers of a vector as one: op of a half and the other, until one is left.
+template <int half = L / 2, class Op> INLINE float reduce(V v, Op op) {
+  if constexpr (half == 0) return v[0];
+  else return reduce<half / 2>(op(v, swapped<half>(v, std::make_index_sequence<L>())), op);
+}
+INLINE float sum_of(V v) {
+  return reduce(v, [](V a, V b) { return a + b; });
+}
+
+// exp(x) for x <= 0, 0 below -87. NaN stays NaN.
+INLINE V exp_of(V x) {
+  using Ints = Types<float>::ints;
+  const V lowest = broadcast(-87.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const V y = x < lowest ? lowest : x;
+  const V shifted = y * 1.44269504f + magic, n = shifted - magic;
+  const V r = y - n * 0.693145752f - n * 1.42860677e-6f;  // log 2 in two parts, of which the first times n is exact
+  V p = broadcast(1.0f / 5040);
+  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  p = (V)((Ints)p + ((Ints)shifted << 23));  // times 2^n
+  return x < lowest ? V{} : p;
+}
+
+// row[j] = exp(row[j] - the largest) for j <= i, and 0 beyond, up to width, which is above i; returns their sum.
+INLINE float exponentials(float* row, int64_t i, int64_t width) {
+  V most = broadcast(-std::numeric_limits<float>::infinity());
+  const V none = most;
+  Types<float>::ints number;
+  for (int l = 0; l < L; l++) number[l] = l;
+  for (int64_t j = 0; j < width; j += L) {
+    V v = load<float>(row + j);
+    if (j + L > i + 1) store(row + j, v = number <= (int32_t)(i - j) ? v : none);
+    most = v > most ? v : most;
+  }
+  const float largest = reduce(most, [](V a, V b) { return a > b ? a : b; });
+  V sum = {};
+  for (int64_t j = 0; j < width; j += L) {
+    const V e = exp_of(load<float>(row + j) - largest);
+    store(row + j, e);
+    sum += e;
+  }
+  return sum_of(sum);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rows of a head
+
+struct Heads {
+  int64_t B, T, H, D, TP, DP, stride;  // stride: of a row of TP, odd in vectors
+  const float *cos, *sin;              // (T, D), of every angle twice, the first half's sines negated; or null
+  bool normed;
+  float scale;  // 1 / sqrt(D)
+};
+
+void copy_rows(const float* x, int64_t x_row, const Heads& h, float* rows) {
+  for (int64_t t = 0; t < h.TP; t++, x += x_row, rows += h.DP) {
+    const int64_t n = t < h.T ? h.D : 0;
+    memcpy(rows, x, n * sizeof(float));
+    std::fill(rows + n, rows + h.DP, 0.0f);
+  }
+}
+
+// rows (TP, DP) = x turned, normed, and times factor; inverse (T): what each was multiplied with by its norm.
+void turn(const float* __restrict x, int64_t x_row, const Heads& h, float factor, float* __restrict rows,
+          float* inverse) {
+  if (!h.cos) copy_rows(x, x_row, h, rows);
+  else if (h.TP > h.T || h.DP > h.D) std::fill(rows, rows + h.TP * h.DP, 0.0f);
+  const int64_t D = h.D, half = D / 2;
+  const float *__restrict c = h.cos, *__restrict s = h.sin;
+  for (int64_t t = 0; t < h.T; t++, x += x_row, rows += h.DP) {
+    if (c) {
+      for (int64_t d = 0; d < half; d++) {
+        rows[d] = factor * (x[d] * c[d] + x[d + half] * s[d]);
+        rows[d + half] = factor * (x[d + half] * c[d + half] + x[d] * s[d + half]);
+      }
+      c += D, s += D;
+    } else {
+      for (int64_t d = 0; d < D; d++) rows[d] *= factor;
+    }
+    if (h.normed) {
+      float squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t d = 0; d < D; d++) squares += rows[d] * rows[d];
+      squares /= factor * factor * D;
+      inverse[t] = 1 / std::sqrt(squares + std::numeric_limits<float>::epsilon());
+      for (int64_t d = 0; d < D; d++) rows[d] *= inverse[t];
+    }
+  }
+}
+
+// dx from the gradient of the rows that turn made, of which the factor has been taken out; dx's rows are dx_row apart.
+void turn_back(float* __restrict d_rows, const float* __restrict rows, const float* inverse, const Heads& h,
+               float factor, float* __restrict dx, int64_t dx_row) {
+  const int64_t D = h.D, half = D / 2;
+  const float *__restrict c = h.cos, *__restrict s = h.sin;
+  for (int64_t t = 0; t < h.T; t++, d_rows += h.DP, rows += h.DP, dx += dx_row) {
+    float f = factor;
+    if (h.normed) {  // what is along the row is lost
+      float along = 0;
+#pragma omp simd reduction(+ : along)
+      for (int64_t d = 0; d < D; d++) along += d_rows[d] * rows[d];
+      along /= D * factor * factor;
+      for (int64_t d = 0; d < D; d++) d_rows[d] -= rows[d] * along;
+      f *= inverse[t];
+    }
+    if (c) {
+      for (int64_t d = 0; d < half; d++) {
+        dx[d] = f * (d_rows[d] * c[d] + d_rows[d + half] * s[d + half]);
+        dx[d + half] = f * (d_rows[d + half] * c[d + half] + d_rows[d] * s[d]);
+      }
+      c += D, s += D;
+    } else {
+      for (int64_t d = 0; d < D; d++) dx[d] = f * d_rows[d];
+    }
+  }
+}
+
+// Two rows, half apart, exchange what is off the diagonal of their blocks of 2 x 2, whose sides are half.
+template <int half, size_t... I> INLINE void exchange(V& a, V& b, std::index_sequence<I...>) {
+  const V old = a;
+  a = __builtin_shufflevector(old, b, (I & half ? L + I - half : I)...);
+  b = __builtin_shufflevector(old, b, (I & half ? L + I : I + half)...);
+}
+template <int half = L / 2> INLINE void transpose_block(V* rows) {  // L x L
+  if constexpr (half > 0) {
+    UNROLL for (int r = 0; r < L; r++)
+      if (!(r & half)) exchange<half>(rows[r], rows[r + half], std::make_index_sequence<L>());
+    transpose_block<half / 2>(rows);
+  }
+}
+
+void transpose(const float* rows, const Heads& h, float* columns) {  // (TP, DP) to (DP, TP)
+  for (int64_t d = 0; d < h.DP; d += L)
+    for (int64_t t = 0; t < h.TP; t += L) {
+      V block[L];
+      UNROLL for (int r = 0; r < L; r++) block[r] = load<float>(rows + (t + r) * h.DP + d);
+      transpose_block(block);
+      UNROLL for (int r = 0; r < L; r++) store(columns + (d + r) * h.stride + t, block[r]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The two passes
+
+void forward(const Heads& h, const float* qkv, float* y) {
+  const int64_t C = h.H * h.D, size = h.TP * h.DP, stride = h.stride;
+#pragma omp parallel num_threads(at::get_num_threads())
+  {
+    own.clear();
+    float *q = own.take<float>(size), *k = own.take<float>(size), *v = own.take<float>(size);
+    float *kt = own.take<float>(h.DP * stride), *p = own.take<float>(R * stride), *out = own.take<float>(R * h.DP);
+    float* norms = own.take<float>(h.T);
+#pragma omp for schedule(static)
+    for (int64_t z = 0; z < h.B * h.H; z++) {
+      const int64_t b = z / h.H, first = z % h.H * h.D;
+      const float* x = qkv + b * h.T * 3 * C + first;
+      turn(x, 3 * C, h, h.scale, q, norms);
+      turn(x + C, 3 * C, h, 1, k, norms);
+      copy_rows(x + 2 * C, 3 * C, h, v);
+      transpose(k, h, kt);
+      for (int64_t i = 0; i < h.T; i += R) {
+        const int64_t rows = std::min<int64_t>(R, h.T - i), width = round_up(i + R, L);
+        product<false>(h.D, width, q + i * h.DP, h.DP, 1, kt, stride, p, stride);
+        float sums[R];
+        for (int r = 0; r < R; r++) sums[r] = exponentials(p + r * stride, i + r, width);
+        product<false>(i + rows, h.DP, p, stride, 1, v, h.DP, out, h.DP);
+        for (int64_t r = 0; r < rows; r++) {
+          float* __restrict to = y + (b * h.T + i + r) * C + first;
+          const float inverse = 1 / sums[r];
+          for (int64_t d = 0; d < h.D; d++) to[d] = out[r * h.DP + d] * inverse;
+        }
+      }
+    }
+  }
+}
+
+void backward(const Heads& h, const float* dy, const float* qkv, float* dqkv) {
+  const int64_t C = h.H * h.D, size = h.TP * h.DP, stride = h.stride;
+#pragma omp parallel num_threads(at::get_num_threads())
+  {
+    own.clear();
+    float *q = own.take<float>(size), *k = own.take<float>(size), *g = own.take<float>(size);
+    float *kt = own.take<float>(h.DP * stride), *vt = own.take<float>(h.DP * stride);
+    float *dq = own.take<float>(size), *dk = own.take<float>(size), *dv = own.take<float>(size);
+    float *p = own.take<float>(QUERIES * stride), *ds = own.take<float>(QUERIES * stride);
+    float *of_q = own.take<float>(h.T), *of_k = own.take<float>(h.T);
+#pragma omp for schedule(static)
+    for (int64_t z = 0; z < h.B * h.H; z++) {
+      const int64_t b = z / h.H, first = z % h.H * h.D;
+      const float* x = qkv + b * h.T * 3 * C + first;
+      copy_rows(x + 2 * C, 3 * C, h, g);  // v, for now
+      transpose(g, h, vt);
+      turn(x, 3 * C, h, h.scale, q, of_q);
+      turn(x + C, 3 * C, h, 1, k, of_k);
+      transpose(k, h, kt);
+      copy_rows(dy + b * h.T * C + first, C, h, g);
+      for (int64_t i0 = 0; i0 < h.T; i0 += QUERIES) {
+        const int64_t i1 = std::min(i0 + QUERIES, h.T);
+        for (int64_t i = i0; i < i1; i += R) {
+          const int64_t width = round_up(i + R, L);
+          float *p_rows = p + (i - i0) * stride, *ds_rows = ds + (i - i0) * stride;
+          product<false>(h.D, width, q + i * h.DP, h.DP, 1, kt, stride, p_rows, stride);
+          product<false>(h.D, width, g + i * h.DP, h.DP, 1, vt, stride, ds_rows, stride);
+          for (int r = 0; r < R; r++) {
+            float *pr = p_rows + r * stride, *dr = ds_rows + r * stride;
+            const float inverse = 1 / exponentials(pr, i + r, width);
+            V sum = {};
+            for (int64_t j = 0; j < width; j += L) sum += load<float>(pr + j) * load<float>(dr + j);
+            const float mean = sum_of(sum) * inverse;
+            for (int64_t j = 0; j < width; j += L) {
+              const V share = load<float>(pr + j) * inverse;
+              store(pr + j, share);
+              store(dr + j, share * (load<float>(dr + j) - mean));
+            }
+          }
+          product<false>(std::min(i + R, h.T), h.DP, ds_rows, stride, 1, k, h.DP, dq + i * h.DP, h.DP);
+        }
+        for (int64_t j = 0; j < i1; j += R) {
+          const int64_t from = std::max(i0, j), n = i1 - from, at = (from - i0) * stride + j;
+          const auto multiply = j < i0 ? product<true> : product<false>;
+          multiply(n, h.DP, p + at, 1, stride, g + from * h.DP, h.DP, dv + j * h.DP, h.DP);
+          multiply(n, h.DP, ds + at, 1, stride, q + from * h.DP, h.DP, dk + j * h.DP, h.DP);
+        }
+      }
+      float* dx = dqkv + b * h.T * 3 * C + first;
+      turn_back(dq, q, of_q, h, h.scale, dx, 3 * C);
+      turn_back(dk, k, of_k, h, 1, dx + C, 3 * C);
+      for (int64_t t = 0; t < h.T; t++) memcpy(dx + 2 * C + t * 3 * C, dv + t * h.DP, h.D * sizeof(float));
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The operators
+
+Heads describe(const Tensor& qkv, int64_t heads, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+               bool normed) {
+  TORCH_CHECK(qkv.dim() == 3 && heads >= 1 && qkv.size(2) % (3 * heads) == 0 && qkv.scalar_type() == at::kFloat,
+              "attention: qkv must be (B, T, 3 * heads * D) in float32, got ", qkv.sizes(), " and heads = ", heads);
+  const int64_t T = qkv.size(1), D = qkv.size(2) / 3 / heads;
+  for (const auto& angles : {cos, sin})
+    TORCH_CHECK(!angles || (angles->dim() == 2 && angles->size(0) == T && angles->size(1) == D && D % 2 == 0 &&
+                            angles->scalar_type() == at::kFloat && angles->is_contiguous()),
+                "attention: cos and sin must be (", T, ", ", D, ") in float32, D even, got ", angles->sizes());
+  TORCH_CHECK(cos.has_value() == sin.has_value(), "attention: cos and sin come together");
+  const int64_t TP = round_up(T, std::max(L, R)), DP = round_up(D, L);
+  return {qkv.size(0), T, heads, D, TP, DP, TP + L, cos ? cos->const_data_ptr<float>() : nullptr,
+          sin ? sin->const_data_ptr<float>() : nullptr, normed, 1 / std::sqrt((float)D)};
+}
+
+Tensor attention(const Tensor& qkv_, int64_t heads, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                 bool normed) {
+  const Tensor qkv = qkv_.contiguous();
+  const Heads h = describe(qkv, heads, cos, sin, normed);
+  Tensor y = at::empty({h.B, h.T, h.H * h.D}, qkv.options());
+  if (y.numel()) forward(h, qkv.const_data_ptr<float>(), y.data_ptr<float>());
+  return y;
+}
+
+Tensor attention_backward(const Tensor& g_, const Tensor& qkv_, int64_t heads, const std::optional<Tensor>& cos,
+                          const std::optional<Tensor>& sin, bool normed) {
+  const Tensor g = g_.contiguous(), qkv = qkv_.contiguous();
+  const Heads h = describe(qkv, heads, cos, sin, normed);
+  TORCH_CHECK(g.dim() == 3 && g.size(0) == h.B && g.size(1) == h.T && g.size(2) == h.H * h.D &&
+                  g.scalar_type() == at::kFloat,
+              "attention_backward: g must be (", h.B, ", ", h.T, ", ", h.H * h.D, ") in float32, got ", g.sizes());
+  Tensor d = at::empty(qkv.sizes(), qkv.options());
+  if (d.numel()) backward(h, g.const_data_ptr<float>(), qkv.const_data_ptr<float>(), d.data_ptr<float>());
+  return d;
+}
+
+TORCH_LIBRARY_FRAGMENT(splinegpt_cpu, m) {
+  m.def("attention(Tensor qkv, int heads, Tensor? cos, Tensor? sin, bool qk_norm) -> Tensor");
+  m.def("attention_backward(Tensor g, Tensor qkv, int heads, Tensor? cos, Tensor? sin, bool qk_norm) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(splinegpt_cpu, CPU, m) {
+  m.impl("attention", &attention);
+  m.impl("attention_backward", &attention_backward);
+}
+
+}  // namespace

@@ -1,0 +1,115 @@
+// Vectors of GCC and Clang, 64 bytes wide with AVX-512, 32 with AVX2, else 16; and working memory.
+#pragma once
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define KEEP(x) asm("" : "+v"(x))  // in a register: the compiler would rather load it once for every use
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+#define KEEP(x) asm("" : "+x"(x))
+#else
+#define VECTOR_BYTES 16
+#define KEEP(x)
+#endif
+
+namespace splinegpt {
+
+template <class S> struct Types;
+template <> struct Types<float> {
+  typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
+  typedef float unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t ints32 __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <> struct Types<double> {
+  typedef double vec __attribute__((vector_size(VECTOR_BYTES)));
+  typedef double unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t ints __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t ints32 __attribute__((vector_size(VECTOR_BYTES / 2)));
+};
+template <class S> using vec = typename Types<S>::vec;
+template <class S> constexpr int lanes = VECTOR_BYTES / sizeof(S);
+
+template <class S> INLINE void store(S* p, vec<S> v) { *(typename Types<S>::unaligned*)p = v; }
+template <class S> INLINE vec<S> broadcast(S s) { return s - vec<S>{}; }
+template <class S, class T> INLINE vec<S> load(const T* p) {
+  if constexpr (std::is_same_v<S, T>) {
+    return *(const typename Types<S>::unaligned*)p;
+  } else {  // a bfloat16 is the upper half of a float
+    typedef uint16_t half __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+    typedef uint32_t whole __attribute__((vector_size(VECTOR_BYTES)));
+    return (vec<S>)(__builtin_convertvector(*(const half*)p, whole) << 16);
+  }
+}
+
+// Past the caches: what is written once and read much later should not push out what is in use. p must be aligned.
+template <class S> INLINE void stream(S* p, vec<S> v) {
+#ifdef __AVX512F__
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+
+// Memory in huge pages, if the system has some to give: tokens are visited in any order, and a core knows the addresses
+// of some seventy pages at a time.
+inline char* allocate(size_t bytes) {
+  constexpr size_t page = 1 << 21;
+  const size_t alignment = bytes < page / 8 ? 4096 : page;
+  bytes = (bytes + alignment - 1) / alignment * alignment;
+  char* p = (char*)aligned_alloc(alignment, bytes);
+  if (!p) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (alignment == page) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+  return p;
+}
+
+// Working memory, kept from call to call: to map fresh pages would take longer than the layer itself. What a call needs
+// is found out by taking it; from the next call on it is one piece.
+struct Arena {
+  std::vector<std::pair<char*, size_t>> pieces;
+  size_t used = 0;  // of the last piece
+  ~Arena() { release(); }
+  void release() {
+    for (auto& piece : pieces) free(piece.first);
+    pieces.clear();
+    used = 0;
+  }
+  void clear() {
+    used = 0;
+    if (pieces.size() < 2) return;
+    size_t size = 0;
+    for (auto& piece : pieces) size += piece.second;
+    release();
+    pieces.emplace_back(allocate(size), size);
+  }
+  template <class T> T* take(size_t n) {  // aligned to 64 bytes; the odd line keeps buffers off each other's cache sets
+    const size_t bytes = (n * sizeof(T) + 63) / 64 * 64 + 64;
+    if (pieces.empty() || used + bytes > pieces.back().second) {
+      pieces.emplace_back(allocate(bytes), bytes);
+      used = 0;
+    }
+    used += bytes;
+    return (T*)(pieces.back().first + used - bytes);
+  }
+};
+inline thread_local Arena own;     // of one thread
+inline thread_local Arena common;  // of the calling thread, for what all threads share
+
+}  // namespace splinegpt

@@ -1,0 +1,209 @@
+"""The C++ attention (kan_kernels/attention.cpp) against PyTorch's operators in float64, and in the GPT."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kan_kernels
+from model import GPT, CausalSelfAttention, GPTConfig, KVCache, rotate
+
+THREADS = torch.get_num_threads()
+
+assert kan_kernels.available()
+ops = torch.ops.splinegpt_cpu
+
+
+def angles(T, D):
+    turns = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, D, 2) / D))
+    cos, sin = turns.cos(), turns.sin()
+    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
+
+
+def reference(qkv, heads, cos, sin, qk_norm):
+    """As the definition reads, in float64."""
+    B, T, _ = qkv.shape
+    q, k, v = qkv.double().view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    if cos is not None:
+        q, k = (x * cos.double() + x.roll(x.shape[-1] // 2, -1) * sin.double() for x in (q, k))
+    if qk_norm:
+        q, k = (F.rms_norm(x, x.shape[-1:], eps=torch.finfo(torch.float32).eps) for x in (q, k))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1)
+
+
+def make(B, T, heads, D, turned, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(B, T, 3 * heads * D, generator=generator) * scale
+    return qkv, torch.randn(B, T, heads * D, generator=generator), *(angles(T, D) if turned else (None, None))
+
+
+def both(qkv, g, heads, cos, sin, qk_norm, attention):
+    x = qkv.clone().requires_grad_()
+    y = attention(x, heads, cos, sin, qk_norm)
+    return y.detach(), torch.autograd.grad(y, x, g.to(y.dtype))[0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    B=st.integers(1, 3),
+    T=st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 127, 128, 129, 200])),
+    heads=st.integers(1, 3),
+    half=st.one_of(st.integers(1, 9), st.sampled_from([16, 20, 32, 33, 64])),
+    odd=st.booleans(),
+    turned=st.booleans(),
+    qk_norm=st.booleans(),
+    scale=st.sampled_from([1e-3, 1.0, 4.0]),
+    threads=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_matches_the_reference(B, T, heads, half, odd, turned, qk_norm, scale, threads, seed):
+    D = 2 * half + (odd and not turned)
+    qkv, g, *rotation = make(B, T, heads, D, turned, seed, scale)
+    torch.set_num_threads(threads)
+    try:
+        got = both(qkv, g, heads, *rotation, qk_norm, kan_kernels.attention)
+    finally:
+        torch.set_num_threads(THREADS)
+    want = both(qkv, g, heads, *rotation, qk_norm, reference)
+    # Scores of scale 4 are sums of terms up to some hundred, whose rounding the softmax passes on.
+    tolerance = 2e-6 * (1 if qk_norm else max(1.0, scale) ** 2)
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max(), (a - b).abs().max() / b.abs().max()
+
+
+def test_scores_far_apart():
+    """Keys so far apart that all but one have no weight; and a key that is infinite."""
+    qkv, g, *_ = make(1, 40, 2, 16, False, scale=40.0)
+    y, grad = both(qkv, g, 2, None, None, False, kan_kernels.attention)
+    assert (y - reference(qkv, 2, None, None, False)).abs().max() < 1e-3 * y.abs().max() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("where", [0, 17, 39])
+def test_nan_reaches_all_that_see_it_and_no_other(where):
+    qkv, *_ = make(2, 40, 2, 16, False)
+    qkv[1, where, 32 + 3] = torch.nan  # a key of the first head
+    y = ops.attention(qkv, 2, None, None, False).view(2, 40, 2, 16)
+    seen = torch.zeros_like(y, dtype=torch.bool)
+    seen[1, where:, 0] = True
+    assert torch.equal(y.isnan(), seen)
+
+
+def test_the_past_is_bitwise_the_same_whatever_follows():
+    qkv, *_ = make(2, 70, 2, 16, True)
+    cos, sin = angles(70, 16)
+    whole = ops.attention(qkv, 2, cos, sin, True)
+    for T in (1, 5, 33, 64):
+        part = ops.attention(qkv[:, :T], 2, cos[:T], sin[:T], True)
+        assert torch.equal(part, whole[:, :T])
+
+
+def test_does_not_depend_on_the_number_of_threads_or_the_strides():
+    qkv, g, cos, sin = make(3, 70, 3, 20, True)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(both(qkv, g, 3, cos, sin, True, kan_kernels.attention))
+    torch.set_num_threads(THREADS)
+    strided = qkv.transpose(0, 2).contiguous().transpose(0, 2), g.transpose(0, 1).contiguous().transpose(0, 1)
+    results.append(both(*strided, 3, cos, sin, True, kan_kernels.attention))
+    for y, grad in results[1:]:
+        assert torch.equal(y, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("turned, qk_norm", [(False, False), (True, True)])
+def test_well_formed_operators(turned, qk_norm):
+    qkv, g, *rotation = make(2, 9, 2, 6, turned)
+    torch.library.opcheck(ops.attention.default, (qkv.clone().requires_grad_(), 2, *rotation, qk_norm))
+    torch.library.opcheck(ops.attention_backward.default, (g, qkv, 2, *rotation, qk_norm))
+
+
+def test_no_second_derivatives():
+    qkv = make(1, 4, 1, 4, False)[0].requires_grad_()
+    (grad,) = torch.autograd.grad(kan_kernels.attention(qkv, 1).sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.zeros(2, 3, 12), 5, None, None, False), r"qkv must be \(B, T, 3 \* heads \* D\)"),
+        ((torch.zeros(2, 12), 2, None, None, False), r"qkv must be \(B, T, 3 \* heads \* D\)"),
+        ((torch.zeros(2, 3, 12).double(), 2, None, None, False), "in float32, got .* heads = 2"),
+        ((torch.zeros(2, 3, 12), 2, *angles(4, 2), False), r"cos and sin must be \(3, 2\)"),
+        ((torch.zeros(2, 3, 9), 1, torch.zeros(3, 3), torch.zeros(3, 3), False), "D even"),
+        ((torch.zeros(2, 3, 12), 2, torch.zeros(3, 2), None, False), "come together"),
+    ],
+)
+def test_operators_say_what_is_wrong(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.attention(*arguments)
+
+
+def test_of_no_tokens():
+    for shape in ((0, 5, 12), (2, 0, 12)):
+        qkv, g = torch.zeros(shape), torch.zeros(*shape[:2], 4)
+        assert ops.attention(qkv, 2, None, None, False).shape == g.shape
+        assert ops.attention_backward(g, qkv, 2, None, None, False).shape == shape
+
+
+# In the GPT -----------------------------------------------------------------------------------------------------------
+
+
+def config(**options):
+    return GPTConfig(**{**dict(block_size=40, vocab_size=61, n_layer=2, n_head=2, n_embd=24, mlp="gelu"), **options})
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_gpt_computes_the_same_with_and_without(position, qk_norm, monkeypatch):
+    model, tokens = GPT(config(position=position, qk_norm=qk_norm)), torch.randint(61, (3, 41))
+    results, calls = [], []
+    monkeypatch.setattr(
+        kan_kernels, "attention", lambda *a, real=kan_kernels.attention, **k: calls.append(a) or real(*a, **k)
+    )
+    for available in (True, False):
+        monkeypatch.setattr(kan_kernels, "available", lambda answer=available: answer)
+        model.zero_grad()
+        logits, loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert len(calls) == 2  # the layers, once
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_what_it_is_not_for_goes_the_other_way(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("not here")
+
+    monkeypatch.setattr(kan_kernels, "attention", refuse)
+    x, rotation = torch.randn(2, 5, 24), (torch.ones(5, 12), torch.zeros(5, 12))
+    dropping = CausalSelfAttention(config(dropout=0.5), 0)
+    assert dropping(x, rotation).shape == x.shape
+    with pytest.raises(AssertionError, match="not here"):
+        dropping.eval()(x, rotation)
+    plain = CausalSelfAttention(config(), 0)
+    assert plain(x, rotation, KVCache(config(), 2, "cpu", torch.float32)).shape == x.shape
+    assert plain.double()(x.double(), rotation).dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert plain.float()(x, rotation).dtype == torch.bfloat16
+    assert plain.to("meta")(x.to("meta"), [t.to("meta") for t in rotation]).shape == x.shape
+
+
+def test_turned_as_model_py_turns():
+    qkv, _, cos, sin = make(2, 9, 2, 8, True)
+    q, k, v = qkv.view(2, 9, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    turned = torch.stack((rotate(q, cos, sin), rotate(k, cos, sin), v)).permute(1, 3, 0, 2, 4).reshape(qkv.shape)
+    got, want = ops.attention(qkv, 2, cos, sin, False), ops.attention(turned, 2, None, None, False)
+    torch.testing.assert_close(got, want)
+
+
+def test_compiles_as_one_graph():
+    model, tokens = GPT(config()), torch.randint(61, (2, 20))
+    compiled = torch.compile(model, fullgraph=True)
+    for a, b in zip(model(tokens, tokens), compiled(tokens, tokens), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
