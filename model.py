@@ -47,8 +47,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x)
         p = self.dropout if self.training else 0.0
-        float32_on_cpu = x.device.type == "cpu" and qkv.dtype == torch.float32
-        if float32_on_cpu and cache is None and p == 0 and kan_kernels.available():
+        if cache is None and p == 0 and kan_kernels.has_attention(qkv):
             y = kan_kernels.attention(qkv, self.n_head, *(rotation or ()), qk_norm=self.qk_norm)  # what follows, as one
             return self.resid_dropout(self.c_proj(y))
         qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
@@ -68,11 +67,19 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
-def rotate(x, cos, sin):
-    """Rotary positions (Su et al., arXiv 2104.09864): x (..., T, D) turned, half against half.
+def rotary(positions, D):
+    """(cos, sin) of rotary positions (Su et al., arXiv 2104.09864) in float32, each (T, D).
 
-    cos and sin (T, D) hold every angle twice, once for each half, the first half's sines negated.
+    They hold every angle twice, once for each half of D, the first half's sines negated.
     """
+    halves = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
+    angles = torch.outer(positions, 10000.0 ** (-halves / D))
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
+
+
+def rotate(x, cos, sin):
+    """x (..., T, D) turned by rotary's angles, half against half."""
     y = x.float()
     return (y * cos + y.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
@@ -289,10 +296,7 @@ class GPT(nn.Module):
         if self.config.position == "learned":
             x = x + self.transformer.wpe(positions)
         else:
-            D = self.config.n_embd // self.config.n_head
-            angles = torch.outer(positions, 10000.0 ** (-torch.arange(0, D, 2, device=idx.device) / D))
-            cos, sin = angles.cos(), angles.sin()
-            rotation = torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)  # (T, D) each
+            rotation = rotary(positions, self.config.n_embd // self.config.n_head)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, rotation, cache)

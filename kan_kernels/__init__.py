@@ -157,7 +157,9 @@ def load():
         return qkv.new_empty(qkv.shape)
 
     def twice(ctx, *_):
-        raise RuntimeError("the C++ kernels have no second derivatives; impl='dense' has, of the spline layer")
+        raise RuntimeError(
+            "the C++ kernels have no second derivatives; the layer with impl='dense' has, and attention in float64"
+        )
 
     torch.library.register_autograd("splinegpt_cpu::spline_backward", twice)
     torch.library.register_autograd("splinegpt_cpu::attention_backward", twice)
@@ -207,6 +209,12 @@ def gpu_available():
 
 def spline(x, table, spline_width, rounded=False):
     return torch.ops.splinegpt_cpu.spline(x, table, spline_width, rounded)
+
+
+def has_attention(qkv):
+    """Whether attention() can be used: of float32 on a CPU, outside torch.func, and of what need not run elsewhere."""
+    transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
+    return qkv.device.type == "cpu" and qkv.dtype == torch.float32 and not transformed and available()
 
 
 def attention(qkv, heads, cos=None, sin=None, qk_norm=False):

@@ -5,9 +5,9 @@ Causal self-attention on a CPU, forward and backward, from one matrix product's 
                                       each (QK-norm); either, both or none
     y[b, i, h] = sum_j P[i, j] v[j]   P[i] = softmax over j <= i of <q[i], k[j]> / sqrt(D)
 
-With PyTorch's operators the products of 64 tokens and 32 channels took less than half of the time, the rest was turning,
-copying and adding up gradients, each a pass over memory of its own; and the half of P that is zero was computed as well.
-Here a head's rows are read where they are, turned on the way, and everything else happens in the second-level cache.
+PyTorch's operators make a pass over memory each to turn, copy and add up gradients, and compute the half of P that is
+zero. Here a head's rows are read where they are and turned on the way, and the rest happens in the second-level cache:
+0.9 ms instead of 2.9, forward and backward, 12 sequences of 64 tokens, 4 heads of 32, one core of a Zen 3 with AVX2.
 
 What is saved for the backward is qkv alone. It makes P again, and with g = dL/dy
 
@@ -20,7 +20,6 @@ Legend
     L numbers in a vector, R rows of a matrix product at a time; TP and DP: T and D rounded up to both, to L
     i a query, j a key
 */
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <omp.h>
@@ -96,13 +95,14 @@ INLINE float sum_of(V v) {
 // exp(x) for x <= 0, 0 below -87. NaN stays NaN.
 INLINE V exp_of(V x) {
   using Ints = Types<float>::ints;
-  const V lowest = broadcast(-87.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  // Adding 1.5 * 2^23 rounds to a whole number n; with 127 more, the lowest bits are those of 2^n's exponent.
+  const V lowest = broadcast(-87.0f), magic = broadcast(12582912.0f + 127);
   const V y = x < lowest ? lowest : x;
   const V shifted = y * 1.44269504f + magic, n = shifted - magic;
   const V r = y - n * 0.693145752f - n * 1.42860677e-6f;  // log 2 in two parts, of which the first times n is exact
   V p = broadcast(1.0f / 5040);
   for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-  p = (V)((Ints)p + ((Ints)shifted << 23));  // times 2^n
+  p *= (V)((Ints)shifted << 23);  // 2^n
   return x < lowest ? V{} : p;
 }
 
@@ -227,9 +227,13 @@ void transpose(const float* rows, const Heads& h, float* columns) {  // (TP, DP)
 // ---------------------------------------------------------------------------------------------------------------------
 // The two passes
 
+int threads_for(const Heads& h) {
+  return std::min<int64_t>(thread_count(double(h.B) * h.H * h.T * h.T * h.D), h.B * h.H);
+}
+
 void forward(const Heads& h, const float* qkv, float* y) {
   const int64_t C = h.H * h.D, size = h.TP * h.DP, stride = h.stride;
-#pragma omp parallel num_threads(at::get_num_threads())
+#pragma omp parallel num_threads(threads_for(h))
   {
     own.clear();
     float *q = own.take<float>(size), *k = own.take<float>(size), *v = own.take<float>(size);
@@ -261,7 +265,7 @@ void forward(const Heads& h, const float* qkv, float* y) {
 
 void backward(const Heads& h, const float* dy, const float* qkv, float* dqkv) {
   const int64_t C = h.H * h.D, size = h.TP * h.DP, stride = h.stride;
-#pragma omp parallel num_threads(at::get_num_threads())
+#pragma omp parallel num_threads(threads_for(h))
   {
     own.clear();
     float *q = own.take<float>(size), *k = own.take<float>(size), *g = own.take<float>(size);
@@ -326,10 +330,11 @@ Heads describe(const Tensor& qkv, int64_t heads, const std::optional<Tensor>& co
   for (const auto& angles : {cos, sin})
     TORCH_CHECK(!angles || (angles->dim() == 2 && angles->size(0) == T && angles->size(1) == D && D % 2 == 0 &&
                             angles->scalar_type() == at::kFloat && angles->is_contiguous()),
-                "attention: cos and sin must be (", T, ", ", D, ") in float32, D even, got ", angles->sizes());
+                "attention: cos and sin must be (", T, ", ", D, ") in float32, contiguous, D even, got ",
+                angles->sizes(), " in ", angles->scalar_type());
   TORCH_CHECK(cos.has_value() == sin.has_value(), "attention: cos and sin come together");
   const int64_t TP = round_up(T, std::max(L, R)), DP = round_up(D, L);
-  return {qkv.size(0), T, heads, D, TP, DP, TP + L, cos ? cos->const_data_ptr<float>() : nullptr,
+  return {qkv.size(0), T, heads, D, TP, DP, (TP / L | 1) * L, cos ? cos->const_data_ptr<float>() : nullptr,
           sin ? sin->const_data_ptr<float>() : nullptr, normed, 1 / std::sqrt((float)D)};
 }
 

@@ -75,6 +75,8 @@ TORCH_LIBRARY_IMPL(splinegpt_cpu, Autograd, m) {
   });
   m.impl("attention",
          [](const Tensor& qkv, int64_t heads, const Rotation& cos, const Rotation& sin, bool qk_norm) {
+           TORCH_CHECK(!(cos && cos->requires_grad()) && !(sin && sin->requires_grad()),
+                       "attention: cos and sin have no gradients; detach() them");
            return Attention::apply(qkv, heads, cos, sin, qk_norm);
          });
 }

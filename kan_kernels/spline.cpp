@@ -37,7 +37,6 @@ Legend
     L numbers in a vector, V vectors in a tile of outputs    i interval, t position in it, both of one token and feature
     S number type of x, y and all sums (float or double), T of the table (S or BFloat16)
 */
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -438,10 +437,6 @@ void direct_forward(const Layer<S>& layer, const T* table, const S* x, int64_t f
         for (int k = 0; k < gang; k++) y[o] += below[k] * S(c[k][o]) + above[k] * S(c[k][O + o]);
     }
   }
-}
-
-int thread_count(double work) {  // work in multiply-adds; below some thousand a second thread costs more than it brings
-  return at::in_parallel_region() || work < 20000 ? 1 : at::get_num_threads();
 }
 
 // Calls f with V as a compile-time constant.

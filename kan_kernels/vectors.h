@@ -1,5 +1,6 @@
-// Vectors of GCC and Clang, 64 bytes wide with AVX-512, 32 with AVX2, else 16; and working memory.
+// Vectors of GCC and Clang, 64 bytes wide with AVX-512, 32 with AVX2, else 16; working memory; how many threads.
 #pragma once
+#include <ATen/Parallel.h>
 #include <sys/mman.h>
 
 #include <cstdint>
@@ -111,5 +112,10 @@ struct Arena {
 };
 inline thread_local Arena own;     // of one thread
 inline thread_local Arena common;  // of the calling thread, for what all threads share
+
+// work in multiply-adds; below some thousand a second thread costs more than it brings
+inline int thread_count(double work) {
+  return at::in_parallel_region() || work < 20000 ? 1 : at::get_num_threads();
+}
 
 }  // namespace splinegpt

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kan_kernels
-from model import GPT, CausalSelfAttention, GPTConfig, KVCache, rotate
+from model import GPT, CausalSelfAttention, GPTConfig, KVCache, rotary, rotate
 
 THREADS = torch.get_num_threads()
 
@@ -16,9 +16,7 @@ ops = torch.ops.splinegpt_cpu
 
 
 def angles(T, D):
-    turns = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, D, 2) / D))
-    cos, sin = turns.cos(), turns.sin()
-    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
+    return rotary(torch.arange(T), D)
 
 
 def reference(qkv, heads, cos, sin, qk_norm):
@@ -68,23 +66,25 @@ def test_any_shape_matches_the_reference(B, T, heads, half, odd, turned, qk_norm
     finally:
         torch.set_num_threads(THREADS)
     want = both(qkv, g, heads, *rotation, qk_norm, reference)
-    # Scores of scale 4 are sums of terms up to some hundred, whose rounding the softmax passes on.
-    tolerance = 2e-6 * (1 if qk_norm else max(1.0, scale) ** 2)
+    # Scores of scale 4 are sums of terms up to some hundred, whose rounding the softmax passes on. Of few channels with
+    # QK-norm next to nothing is left of a gradient, and its rounding is as large as before.
+    tolerance = 2e-6 * (max(1.0, scale) ** 2 if not qk_norm else 10 if D < 8 else 1)
     for a, b in zip(got, want, strict=True):
         assert (a - b).abs().max() <= tolerance * b.abs().max(), (a - b).abs().max() / b.abs().max()
 
 
 def test_scores_far_apart():
-    """Keys so far apart that all but one have no weight; and a key that is infinite."""
+    """Keys so far apart that all but one have no weight."""
     qkv, g, *_ = make(1, 40, 2, 16, False, scale=40.0)
     y, grad = both(qkv, g, 2, None, None, False, kan_kernels.attention)
     assert (y - reference(qkv, 2, None, None, False)).abs().max() < 1e-3 * y.abs().max() and grad.isfinite().all()
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7F800001])  # CPUs', CUDA's, and another
 @pytest.mark.parametrize("where", [0, 17, 39])
-def test_nan_reaches_all_that_see_it_and_no_other(where):
+def test_a_nan_among_the_keys_reaches_all_that_see_it_and_no_other(where, bits):
     qkv, *_ = make(2, 40, 2, 16, False)
-    qkv[1, where, 32 + 3] = torch.nan  # a key of the first head
+    qkv.view(torch.int32)[1, where, 32 + 3] = bits  # a key of the first head
     y = ops.attention(qkv, 2, None, None, False).view(2, 40, 2, 16)
     seen = torch.zeros_like(y, dtype=torch.bool)
     seen[1, where:, 0] = True
@@ -135,6 +135,8 @@ def test_no_second_derivatives():
         ((torch.zeros(2, 3, 12).double(), 2, None, None, False), "in float32, got .* heads = 2"),
         ((torch.zeros(2, 3, 12), 2, *angles(4, 2), False), r"cos and sin must be \(3, 2\)"),
         ((torch.zeros(2, 3, 9), 1, torch.zeros(3, 3), torch.zeros(3, 3), False), "D even"),
+        ((torch.zeros(2, 3, 12), 2, *torch.zeros(2, 3, 2).double(), False), "got .* in Double"),
+        ((torch.zeros(2, 3, 12), 2, *torch.zeros(2, 3, 2, requires_grad=True), False), "no gradients; detach"),
         ((torch.zeros(2, 3, 12), 2, torch.zeros(3, 2), None, False), "come together"),
     ],
 )
@@ -203,7 +205,34 @@ def test_turned_as_model_py_turns():
 
 
 def test_compiles_as_one_graph():
-    model, tokens = GPT(config()), torch.randint(61, (2, 20))
-    compiled = torch.compile(model, fullgraph=True)
-    for a, b in zip(model(tokens, tokens), compiled(tokens, tokens), strict=True):
+    model, tokens, graphs = GPT(config()), torch.randint(61, (2, 20)), []
+    watched = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    watched(tokens, tokens)
+    assert str(graphs[0].graph).count("splinegpt_cpu.attention") == 2
+    compiled, results = torch.compile(model, fullgraph=True), []
+    for forward in (model, compiled):
+        model.zero_grad()
+        logits, loss = forward(tokens, tokens)
+        loss.backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_torch_func_and_exports_do_without():
+    model, tokens = GPT(config()), torch.randint(61, (2, 20))
+    parameters = dict(model.named_parameters())
+    loss = lambda p: torch.func.functional_call(model, p, (tokens, tokens))[1]
+    grads = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, p in parameters.items():
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6)
+    assert "splinegpt_cpu" not in str(torch.export.export(model, (tokens, tokens)).graph)
+
+
+def test_a_float32_model_where_that_is_not_the_default():
+    model, tokens = GPT(config()), torch.randint(61, (2, 20))
+    want = model(tokens, tokens)[1]
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        assert torch.equal(model(tokens, tokens)[1], want)

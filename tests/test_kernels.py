@@ -256,6 +256,7 @@ def test_what_was_built_by_another_user_is_used(monkeypatch, tmp_path):
 CHECK = """
 import torch, kan_kernels
 from kan_layer import KANLayer
+from model import rotary, rotate
 assert kan_kernels.available()
 torch.manual_seed(0)
 torch.set_num_threads(2)
@@ -277,8 +278,13 @@ for B, F, N, O in (*SHAPES, *((B, 64, 8, 300) for B in (1, 4, 16, 64, 300))):
             assert (got - want).norm() < {2: 3e-3, 4: 1e-5, 8: 1e-13}[dtype.itemsize] * want.norm(), (B, F, N, O, dtype)
 for shape, heads in ((2, 70, 3 * 40), 2), ((1, 33, 3 * 3), 1):
     qkv, g = torch.randn(shape, requires_grad=True), torch.randn(*shape[:2], shape[2] // 3)
-    y = kan_kernels.attention(qkv, heads)
     q, k, v = qkv.double().view(*shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    D, turned = q.shape[-1], q.shape[-1] % 2 == 0
+    rotation = rotary(torch.arange(shape[1]), D) if turned else (None, None)
+    y = kan_kernels.attention(qkv, heads, *rotation, qk_norm=turned)
+    if turned:
+        eps = torch.finfo(torch.float32).eps
+        q, k = (torch.nn.functional.rms_norm(rotate(x, *rotation).double(), (D,), eps=eps) for x in (q, k))
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
     for got, want in zip((y, *torch.autograd.grad(y, qkv, g)), (exact, *torch.autograd.grad(exact, qkv, g.double()))):
         assert (got - want).norm() < 1e-6 * want.norm(), shape
