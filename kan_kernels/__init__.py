@@ -212,9 +212,11 @@ def spline(x, table, spline_width, rounded=False):
 
 
 def has_attention(qkv):
-    """Whether attention() can be used: of float32 on a CPU, outside torch.func, and of what need not run elsewhere."""
-    transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting()
-    return qkv.device.type == "cpu" and qkv.dtype == torch.float32 and not transformed and available()
+    """Whether attention() is the one to use: of float32 on a CPU, outside torch.func, not to be exported, and up to
+    2,048 tokens, beyond which PyTorch's is faster (Zen 3)."""
+    if qkv.device.type != "cpu" or qkv.dtype != torch.float32 or qkv.shape[1] > 2048:
+        return False
+    return not torch._C._are_functorch_transforms_active() and not torch.compiler.is_exporting() and available()
 
 
 def attention(qkv, heads, cos=None, sin=None, qk_norm=False):

@@ -193,6 +193,8 @@ def test_what_it_is_not_for_goes_the_other_way(monkeypatch):
     assert plain.double()(x.double(), rotation).dtype == torch.float64
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert plain.float()(x, rotation).dtype == torch.bfloat16
+    long = torch.randn(1, 2049, 24)
+    assert plain(long).shape == long.shape
     assert plain.to("meta")(x.to("meta"), [t.to("meta") for t in rotation]).shape == x.shape
 
 
