@@ -300,6 +300,8 @@ print(torch.ops.splinegpt_cpu.instruction_set())
 def test_cpus_with_less_are_served_too(march, name, flag, tmp_path):
     if flag not in kan_kernels.cpu().split():
         pytest.skip(f"this CPU has no {name}")
+    if name == ops.instruction_set():
+        pytest.skip(f"all other tests ran with {name}")
     done = python("-c", CHECK, SPLINEGPT_MARCH=march, SPLINEGPT_CACHE=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == name
