@@ -34,10 +34,12 @@ TINY = dict(
 
 @pytest.fixture(autouse=True)
 def fresh_torch():
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
     torch._dynamo.reset()
     yield
     torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ import kan_kernels
 from kan_layer import KANLayer
 
 ROOT = Path(__file__).parent.parent
-THREADS = torch.get_num_threads()
 
 assert kan_kernels.available()
 ops = torch.ops.splinegpt_cpu
@@ -27,8 +26,7 @@ ops = torch.ops.splinegpt_cpu
 @pytest.fixture(params=[1, 2])
 def threads(request):
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(THREADS)
+    return request.param
 
 
 def make(B, F, N, O, dtype=torch.float32, width=4.0, seed=0):
@@ -53,10 +51,7 @@ def make(B, F, N, O, dtype=torch.float32, width=4.0, seed=0):
 def test_any_shape_matches_the_reference(B, F, N, O, dtype, width, threads, seed):
     B = max(1, min(B, 400 // F))  # the reference is slow
     torch.set_num_threads(threads)
-    try:
-        assert_matches_reference(*make(B, F, N, O, dtype, width, seed))
-    finally:
-        torch.set_num_threads(THREADS)
+    assert_matches_reference(*make(B, F, N, O, dtype, width, seed))
 
 
 # One case for each way through the code, large enough for two threads to share it out.
@@ -105,7 +100,6 @@ def test_gradients_do_not_depend_on_the_number_of_threads(F, N):
     for threads in (1, 2):
         torch.set_num_threads(threads)
         results.append(gradients(layer, x, g)[1:])
-    torch.set_num_threads(THREADS)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
@@ -202,9 +196,8 @@ print(y.shape, [str(w.message) for w in caught if "kernels" in str(w.message)])
 
 
 def python(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
-    )
+    environment = {**os.environ, "PYTHONPATH": "tests", **environment}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +249,7 @@ def test_what_was_built_by_another_user_is_used(monkeypatch, tmp_path):
 CHECK = """
 import torch, kan_kernels
 from kan_layer import KANLayer
-from model import rotary, rotate
+from test_attention import both, make, reference
 assert kan_kernels.available()
 torch.manual_seed(0)
 torch.set_num_threads(2)
@@ -276,18 +269,11 @@ for B, F, N, O in (*SHAPES, *((B, 64, 8, 300) for B in (1, 4, 16, 64, 300))):
             results.append([y, *torch.autograd.grad(y, (a, module.kan_weight), g.to(kind))])
         for got, want in zip(*results):
             assert (got - want).norm() < {2: 3e-3, 4: 1e-5, 8: 1e-13}[dtype.itemsize] * want.norm(), (B, F, N, O, dtype)
-for shape, heads in ((2, 70, 3 * 40), 2), ((1, 33, 3 * 3), 1):
-    qkv, g = torch.randn(shape, requires_grad=True), torch.randn(*shape[:2], shape[2] // 3)
-    q, k, v = qkv.double().view(*shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
-    D, turned = q.shape[-1], q.shape[-1] % 2 == 0
-    rotation = rotary(torch.arange(shape[1]), D) if turned else (None, None)
-    y = kan_kernels.attention(qkv, heads, *rotation, qk_norm=turned)
-    if turned:
-        eps = torch.finfo(torch.float32).eps
-        q, k = (torch.nn.functional.rms_norm(rotate(x, *rotation).double(), (D,), eps=eps) for x in (q, k))
-    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-    for got, want in zip((y, *torch.autograd.grad(y, qkv, g)), (exact, *torch.autograd.grad(exact, qkv, g.double()))):
-        assert (got - want).norm() < 1e-6 * want.norm(), shape
+for B, T, heads, D, turned in (2, 70, 2, 20, True), (1, 33, 1, 3, False):
+    qkv, g, *rotation = make(B, T, heads, D, turned)
+    results = [both(qkv, g, heads, *rotation, turned, f) for f in (kan_kernels.attention, reference)]
+    for got, want in zip(*results):
+        assert (got - want).norm() < 1e-6 * want.norm(), (B, T, heads, D)
 print(torch.ops.splinegpt_cpu.instruction_set())
 """
 
