@@ -47,8 +47,9 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x)
         p = self.dropout if self.training else 0.0
-        if cache is None and p == 0 and kan_kernels.has_attention(qkv):
-            y = kan_kernels.attention(qkv, self.n_head, *(rotation or ()), qk_norm=self.qk_norm)  # what follows, as one
+        past = cache and cache.past(self.layer)
+        if p == 0 and kan_kernels.has_attention(qkv, past):  # what follows, as one
+            y = kan_kernels.attention(qkv, self.n_head, *(rotation or ()), qk_norm=self.qk_norm, past=past)
             return self.resid_dropout(self.c_proj(y))
         qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
         qk, v = qkv.split((2, 1), dim=2)
@@ -226,14 +227,19 @@ class KVCache:
     """Keys and values of the tokens so far: 2 * n_layer * B * C * block_size numbers."""
 
     def __init__(self, config, batch, device, dtype):
-        shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k, self.v = torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
+        shape, layers = (batch, config.n_head, config.block_size, config.n_embd // config.n_head), range(config.n_layer)
+        self.k, self.v = ([torch.empty(shape, device=device, dtype=dtype) for _ in layers] for _ in "kv")
         self.length = 0  # tokens that all layers have seen; the model advances it
+        rope = config.position == "rope"
+        self.rotation = rotary(torch.arange(config.block_size, device=device), shape[-1]) if rope else None
+
+    def past(self, layer):
+        return self.k[layer], self.v[layer], self.length
 
     def extend(self, layer, k, v):
         end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end], self.v[layer, :, :, self.length : end] = k, v
-        return self.k[layer, :, :, :end].to(k.dtype), self.v[layer, :, :, :end].to(v.dtype)
+        self.k[layer][:, :, self.length : end], self.v[layer][:, :, self.length : end] = k, v
+        return self.k[layer][:, :, :end].to(k.dtype), self.v[layer][:, :, :end].to(v.dtype)
 
 
 class GPT(nn.Module):
@@ -292,11 +298,13 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit block_size = {self.config.block_size}; crop them")
         x = self.transformer.wte(idx)
-        rotation, positions = None, torch.arange(start, start + T, device=idx.device)
+        rotation = None
         if self.config.position == "learned":
-            x = x + self.transformer.wpe(positions)
+            x = x + self.transformer.wpe(torch.arange(start, start + T, device=idx.device))
+        elif cache is not None:
+            rotation = [angles[start : start + T] for angles in cache.rotation]
         else:
-            rotation = rotary(positions, self.config.n_embd // self.config.n_head)
+            rotation = rotary(torch.arange(T, device=idx.device), self.config.n_embd // self.config.n_head)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, rotation, cache)

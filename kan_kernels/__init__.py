@@ -11,10 +11,12 @@ of x (B, F), table (F, N, O) and y (B, O); it has gradients, compiles and export
 float64; a bfloat16 table may come with a float32 x. All sums are in x's type. rounded allows, with a bfloat16 table,
 that positions t are rounded to bfloat16 too, which makes a few tokens 1.4 times as fast on a CPU with AVX512-BF16.
 
-    attention(qkv, heads, cos=None, sin=None, qk_norm=False) -> y
+    attention(qkv, heads, cos=None, sin=None, qk_norm=False, past=None) -> y
 
 of qkv (B, T, 3 C), one after the other what the heads of q, k and v have, and y (B, T, C), in float32, causal: what
-model.py says in PyTorch's operators, rotary positions by cos and sin (T, C / heads) and QK-norm included.
+model.py says in PyTorch's operators, rotary positions by cos and sin (T, C / heads) and QK-norm included. With past, a
+cache's (keys, values, start), of (B, heads, S, C / heads) both, qkv's tokens follow the start that it holds, and are
+added to it; there is no gradient.
 """
 
 import concurrent.futures
@@ -152,6 +154,10 @@ def load():
     def _(qkv, heads, cos, sin, qk_norm):
         return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
+    @torch.library.register_fake("splinegpt_cpu::attention_cached")
+    def _(qkv, heads, cos, sin, qk_norm, keys, values, start):
+        return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
     @torch.library.register_fake("splinegpt_cpu::attention_backward")
     def _(g, qkv, heads, cos, sin, qk_norm):
         return qkv.new_empty(qkv.shape)
@@ -211,13 +217,19 @@ def spline(x, table, spline_width, rounded=False):
     return torch.ops.splinegpt_cpu.spline(x, table, spline_width, rounded)
 
 
-def has_attention(qkv):
+def has_attention(qkv, past=None):
     """Whether attention() is the one to use: of float32 on a CPU, outside torch.func, not to be exported, and up to
-    2,048 tokens, beyond which PyTorch's is faster (Zen 3)."""
+    2,048 tokens, beyond which PyTorch's is faster (Zen 3). With past not where a gradient is wanted, nor compiled."""
     if qkv.device.type != "cpu" or qkv.dtype != torch.float32 or qkv.shape[1] > 2048:
         return False
+    if past is not None:
+        wanted = torch.is_grad_enabled() and qkv.requires_grad
+        if wanted or past[0].dtype != qkv.dtype or torch.compiler.is_compiling():
+            return False
     return not torch._C._are_functorch_transforms_active() and not torch.compiler.is_exporting() and available()
 
 
-def attention(qkv, heads, cos=None, sin=None, qk_norm=False):
+def attention(qkv, heads, cos=None, sin=None, qk_norm=False, past=None):
+    if past is not None:
+        return torch.ops.splinegpt_cpu.attention_cached(qkv, heads, cos, sin, qk_norm, *past)
     return torch.ops.splinegpt_cpu.attention(qkv, heads, cos, sin, qk_norm)

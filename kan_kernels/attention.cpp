@@ -15,10 +15,14 @@ What is saved for the backward is qkv alone. It makes P again, and with g = dL/d
 
 Threads split the heads of all sequences: the result does not depend on their number.
 
+When sampling, a cache keeps the keys, turned and normed, and the values of the tokens so far; attention_cached adds
+those of the T tokens at hand, mostly one, and has no gradient. That replaces 40 calls of PyTorch, which for one token
+take far longer than what they compute.
+
 Legend
     B sequences, T tokens, H heads, D channels of a head, C = H D    qkv (B, T, 3, H, D)    y, g (B, T, H, D)
     L numbers in a vector, R rows of a matrix product at a time; TP and DP: T and D rounded up to both, to L
-    i a query, j a key
+    i a query, j a key    S tokens that a cache has room for, start of which it holds; keys, values (B, H, S, D)
 */
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -227,13 +231,13 @@ void transpose(const float* rows, const Heads& h, float* columns) {  // (TP, DP)
 // ---------------------------------------------------------------------------------------------------------------------
 // The two passes
 
-int threads_for(const Heads& h) {
-  return std::min<int64_t>(thread_count(double(h.B) * h.H * h.T * h.T * h.D), h.B * h.H);
+int threads_for(const Heads& h, int64_t seen) {
+  return std::min<int64_t>(thread_count(double(h.B) * h.H * h.T * seen * h.D), h.B * h.H);
 }
 
 void forward(const Heads& h, const float* qkv, float* y) {
   const int64_t C = h.H * h.D, size = h.TP * h.DP, stride = h.stride;
-#pragma omp parallel num_threads(threads_for(h))
+#pragma omp parallel num_threads(threads_for(h, h.T))
   {
     own.clear();
     float *q = own.take<float>(size), *k = own.take<float>(size), *v = own.take<float>(size);
@@ -263,9 +267,50 @@ void forward(const Heads& h, const float* qkv, float* y) {
   }
 }
 
+void forward_cached(const Heads& h, const float* qkv, float* keys, float* values, int64_t S, int64_t start, float* y) {
+  const int64_t C = h.H * h.D, D = h.D, size = h.TP * h.DP;
+#pragma omp parallel num_threads(threads_for(h, start + h.T))
+  {
+    own.clear();
+    float *q = own.take<float>(size), *k = own.take<float>(size), *norms = own.take<float>(h.T);
+    float* p = own.take<float>(round_up(start + h.T, L));
+#pragma omp for schedule(static)
+    for (int64_t z = 0; z < h.B * h.H; z++) {
+      const int64_t b = z / h.H, first = z % h.H * D;
+      const float *x = qkv + b * h.T * 3 * C + first, *cached_keys = keys + z * S * D, *v = values + z * S * D;
+      turn(x, 3 * C, h, h.scale, q, norms);
+      turn(x + C, 3 * C, h, 1, k, norms);
+      for (int64_t t = 0; t < h.T; t++) {
+        const int64_t at = (z * S + start + t) * D;
+        memcpy(keys + at, k + t * h.DP, D * sizeof(float));
+        memcpy(values + at, x + 2 * C + t * 3 * C, D * sizeof(float));
+      }
+      for (int64_t i = 0; i < h.T && start; i++) {  // without a past forward() does it, in blocks
+        const int64_t last = start + i;
+        const float* qi = q + i * h.DP;
+        for (int64_t j = 0; j <= last; j++) {
+          const float* kj = cached_keys + j * D;
+          float sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (int64_t d = 0; d < D; d++) sum += qi[d] * kj[d];
+          p[j] = sum;
+        }
+        const float inverse = 1 / exponentials(p, last, round_up(last + 1, L));
+        float* __restrict to = y + (b * h.T + i) * C + first;
+        std::fill(to, to + D, 0.0f);
+        for (int64_t j = 0; j <= last; j++) {
+          const float share = p[j] * inverse, *vj = v + j * D;
+          for (int64_t d = 0; d < D; d++) to[d] += share * vj[d];
+        }
+      }
+    }
+  }
+  if (!start) forward(h, qkv, y);
+}
+
 void backward(const Heads& h, const float* dy, const float* qkv, float* dqkv) {
   const int64_t C = h.H * h.D, size = h.TP * h.DP, stride = h.stride;
-#pragma omp parallel num_threads(threads_for(h))
+#pragma omp parallel num_threads(threads_for(h, h.T))
   {
     own.clear();
     float *q = own.take<float>(size), *k = own.take<float>(size), *g = own.take<float>(size);
@@ -347,6 +392,25 @@ Tensor attention(const Tensor& qkv_, int64_t heads, const std::optional<Tensor>&
   return y;
 }
 
+Tensor attention_cached(const Tensor& qkv_, int64_t heads, const std::optional<Tensor>& cos,
+                        const std::optional<Tensor>& sin, bool normed, Tensor keys, Tensor values, int64_t start) {
+  const Tensor qkv = qkv_.contiguous();
+  const Heads h = describe(qkv, heads, cos, sin, normed);
+  for (const Tensor& cached : {keys, values})
+    TORCH_CHECK(cached.dim() == 4 && cached.size(0) == h.B && cached.size(1) == heads && cached.size(3) == h.D &&
+                    cached.sizes() == keys.sizes() && cached.scalar_type() == at::kFloat && cached.is_contiguous(),
+                "attention_cached: keys and values must be (", h.B, ", ", heads, ", S, ", h.D,
+                ") in float32, contiguous, got ", cached.sizes(), " in ", cached.scalar_type());
+  const int64_t S = keys.size(2);
+  TORCH_CHECK(start >= 0 && start + h.T <= S, "attention_cached: ", start, " tokens and ", h.T, " more do not fit the ", S,
+              " of the cache");
+  Tensor y = at::empty({h.B, h.T, h.H * h.D}, qkv.options());
+  if (y.numel())
+    forward_cached(h, qkv.const_data_ptr<float>(), keys.data_ptr<float>(), values.data_ptr<float>(), S, start,
+                   y.data_ptr<float>());
+  return y;
+}
+
 Tensor attention_backward(const Tensor& g_, const Tensor& qkv_, int64_t heads, const std::optional<Tensor>& cos,
                           const std::optional<Tensor>& sin, bool normed) {
   const Tensor g = g_.contiguous(), qkv = qkv_.contiguous();
@@ -361,10 +425,13 @@ Tensor attention_backward(const Tensor& g_, const Tensor& qkv_, int64_t heads, c
 
 TORCH_LIBRARY_FRAGMENT(splinegpt_cpu, m) {
   m.def("attention(Tensor qkv, int heads, Tensor? cos, Tensor? sin, bool qk_norm) -> Tensor");
+  m.def("attention_cached(Tensor qkv, int heads, Tensor? cos, Tensor? sin, bool qk_norm, Tensor(a!) keys, "
+        "Tensor(b!) values, int start) -> Tensor");
   m.def("attention_backward(Tensor g, Tensor qkv, int heads, Tensor? cos, Tensor? sin, bool qk_norm) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(splinegpt_cpu, CPU, m) {
   m.impl("attention", &attention);
+  m.impl("attention_cached", &attention_cached);
   m.impl("attention_backward", &attention_backward);
 }
 

@@ -42,6 +42,17 @@ def both(qkv, g, heads, cos, sin, qk_norm, attention):
     return y.detach(), torch.autograd.grad(y, x, g.to(y.dtype))[0]
 
 
+def in_parts(qkv, heads, cos, sin, qk_norm, parts, keys, values):
+    """Some tokens at a time, the cache holding those before."""
+    y, start = [], 0
+    for part in qkv.split(parts, 1):
+        now = slice(start, start + part.shape[1])
+        rotation = (None, None) if cos is None else (cos[now], sin[now])
+        y.append(kan_kernels.attention(part, heads, *rotation, qk_norm, past=(keys, values, start)))
+        start = now.stop
+    return torch.cat(y, 1)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     B=st.integers(1, 3),
@@ -66,6 +77,30 @@ def test_any_shape_matches_the_reference(B, T, heads, half, odd, turned, qk_norm
     tolerance = 2e-6 * (max(1.0, scale) ** 2 if not qk_norm else 10 if D < 8 else 1)
     for a, b in zip(got, want, strict=True):
         assert (a - b).abs().max() <= tolerance * b.abs().max(), (a - b).abs().max() / b.abs().max()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    B=st.integers(1, 2),
+    parts=st.lists(st.one_of(st.just(1), st.integers(1, 40)), min_size=1, max_size=6),
+    spare=st.integers(0, 3),
+    heads=st.integers(1, 3),
+    half=st.one_of(st.integers(1, 9), st.sampled_from([16, 20, 33, 64])),
+    turned=st.booleans(),
+    qk_norm=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_sequence_in_parts_matches_the_whole(B, parts, spare, heads, half, turned, qk_norm, threads, seed):
+    T, D = sum(parts), 2 * half
+    qkv, _, cos, sin = make(B, T, heads, D, turned, seed)
+    torch.set_num_threads(threads)
+    keys, values = torch.full((2, B, heads, T + spare, D), torch.nan)  # nobody looks at what has not been written
+    got = in_parts(qkv, heads, cos, sin, qk_norm, parts, keys, values)
+    want = reference(qkv, heads, cos, sin, qk_norm)
+    assert (got - want).abs().max() <= 2e-6 * (10 if D < 8 else 1) * want.abs().max()
+    assert keys[:, :, T:].isnan().all() and values[:, :, T:].isnan().all()
+    assert torch.equal(values[:, :, :T].transpose(1, 2).flatten(2), qkv[..., 2 * heads * D :])
 
 
 def test_scores_far_apart():
@@ -112,6 +147,29 @@ def test_well_formed_operators(turned, qk_norm):
     qkv, g, *rotation = make(2, 9, 2, 6, turned)
     torch.library.opcheck(ops.attention.default, (qkv.clone().requires_grad_(), 2, *rotation, qk_norm))
     torch.library.opcheck(ops.attention_backward.default, (g, qkv, 2, *rotation, qk_norm))
+
+
+def test_well_formed_with_a_past():
+    qkv, _, cos, sin = make(2, 3, 2, 6, True)
+    arguments = (qkv, 2, cos, sin, True, *torch.zeros(2, 2, 2, 7, 6), 4)
+    torch.library.opcheck(ops.attention_cached.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "keys, values, start, message",
+    [
+        (torch.zeros(2, 2, 7, 4), torch.zeros(2, 2, 7, 4), 0, r"keys and values must be \(2, 2, S, 2\)"),
+        (torch.zeros(2, 2, 7, 2), torch.zeros(2, 2, 6, 2), 0, r"keys and values must be .* got \[2, 2, 6, 2\]"),
+        (torch.zeros(2, 2, 7, 2), torch.zeros(2, 2, 7, 2).double(), 0, "in float32, contiguous, got .* in Double"),
+        (torch.zeros(2, 7, 2, 2).mT, torch.zeros(2, 2, 7, 2), 0, "keys and values must be"),
+        (torch.zeros(2, 2, 2, 7).mT, torch.zeros(2, 2, 7, 2), 0, "contiguous"),
+        (torch.zeros(2, 2, 7, 2), torch.zeros(2, 2, 7, 2), 5, "5 tokens and 3 more do not fit the 7"),
+        (torch.zeros(2, 2, 7, 2), torch.zeros(2, 2, 7, 2), -1, "do not fit"),
+    ],
+)
+def test_says_what_is_wrong_with_a_past(keys, values, start, message):
+    with pytest.raises(RuntimeError, match=message):
+        kan_kernels.attention(torch.zeros(2, 3, 12), 2, past=(keys, values, start))
 
 
 def test_no_second_derivatives():
@@ -172,6 +230,21 @@ def test_the_gpt_computes_the_same_with_and_without(position, qk_norm, monkeypat
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("position", ["rope", "learned"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_cache_holds_the_same_with_and_without(position, qk_norm, monkeypatch):
+    settings = config(position=position, qk_norm=qk_norm)
+    model, tokens, results = GPT(settings), torch.randint(61, (3, 40)), []
+    for available in (True, False):
+        monkeypatch.setattr(kan_kernels, "available", lambda answer=available: answer)
+        cache = KVCache(settings, 3, "cpu", torch.float32)
+        with torch.no_grad():
+            logits = [model(part, cache=cache)[0] for part in tokens.split((7, 1, 1, 20, 11), 1)]
+        results.append((*logits, *cache.k, *cache.v))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_what_it_is_not_for_goes_the_other_way(monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("not here")
@@ -182,8 +255,12 @@ def test_what_it_is_not_for_goes_the_other_way(monkeypatch):
     assert dropping(x, rotation).shape == x.shape
     with pytest.raises(AssertionError, match="not here"):
         dropping.eval()(x, rotation)
-    plain = CausalSelfAttention(config(), 0)
-    assert plain(x, rotation, KVCache(config(), 2, "cpu", torch.float32)).shape == x.shape
+    plain, cache = CausalSelfAttention(config(), 0), KVCache(config(), 2, "cpu", torch.float32)
+    assert plain(x, rotation, cache).requires_grad  # with a cache it has no gradients
+    with torch.no_grad(), pytest.raises(AssertionError, match="not here"):
+        plain(x, rotation, cache)
+    with torch.no_grad():
+        assert plain(x, rotation, KVCache(config(), 2, "cpu", torch.bfloat16)).dtype == torch.float32
     assert plain.double()(x.double(), rotation).dtype == torch.float64
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert plain.float()(x, rotation).dtype == torch.bfloat16

@@ -249,7 +249,7 @@ def test_what_was_built_by_another_user_is_used(monkeypatch, tmp_path):
 CHECK = """
 import torch, kan_kernels
 from kan_layer import KANLayer
-from test_attention import both, make, reference
+from test_attention import both, in_parts, make, reference
 assert kan_kernels.available()
 torch.manual_seed(0)
 torch.set_num_threads(2)
@@ -274,6 +274,8 @@ for B, T, heads, D, turned in (2, 70, 2, 20, True), (1, 33, 1, 3, False):
     results = [both(qkv, g, heads, *rotation, turned, f) for f in (kan_kernels.attention, reference)]
     for got, want in zip(*results):
         assert (got - want).norm() < 1e-6 * want.norm(), (B, T, heads, D)
+    y = in_parts(qkv, heads, *rotation, turned, [T - 9, 1, 8], *torch.empty(2, B, heads, T, D))
+    assert (y - results[1][0]).norm() < 1e-6 * y.norm(), (B, T, heads, D)
 print(torch.ops.splinegpt_cpu.instruction_set())
 """
 
