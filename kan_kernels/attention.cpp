@@ -16,7 +16,7 @@ What is saved for the backward is qkv alone. It makes P again, and with g = dL/d
 Threads split the heads of all sequences: the result does not depend on their number.
 
 When sampling, a cache keeps the keys, turned and normed, and the values of the tokens so far; attention_cached adds
-those of the T tokens at hand, mostly one, and has no gradient. That replaces 40 calls of PyTorch, which for one token
+those of the T tokens at hand, mostly one, and has no gradient. It replaces some 25 calls of PyTorch, which for one token
 take far longer than what they compute.
 
 Legend
