@@ -150,12 +150,9 @@ def load():
     def _(g, x, table, spline_width):
         return x.new_empty(x.shape), x.new_empty(table.shape)
 
-    @torch.library.register_fake("splinegpt_cpu::attention")
-    def _(qkv, heads, cos, sin, qk_norm):
-        return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-
     @torch.library.register_fake("splinegpt_cpu::attention_cached")
-    def _(qkv, heads, cos, sin, qk_norm, keys, values, start):
+    @torch.library.register_fake("splinegpt_cpu::attention")
+    def _(qkv, heads, cos, sin, qk_norm, keys=None, values=None, start=0):
         return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
     @torch.library.register_fake("splinegpt_cpu::attention_backward")

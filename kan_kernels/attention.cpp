@@ -46,8 +46,6 @@ constexpr int L = lanes<float>;
 constexpr int R = VECTOR_BYTES == 64 ? 8 : 4;  // R x 2 vectors of sums, and what they are made of, fit the registers
 constexpr int64_t QUERIES = 64;                // of a block in the backward: so many rows of P and dP at a time
 
-INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix products, R rows at a time
 
@@ -229,7 +227,7 @@ void transpose(const float* rows, const Heads& h, float* columns) {  // (TP, DP)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The two passes
+// The passes
 
 int threads_for(const Heads& h, int64_t seen) {
   return std::min<int64_t>(thread_count(double(h.B) * h.H * h.T * seen * h.D), h.B * h.H);
@@ -277,19 +275,20 @@ void forward_cached(const Heads& h, const float* qkv, float* keys, float* values
 #pragma omp for schedule(static)
     for (int64_t z = 0; z < h.B * h.H; z++) {
       const int64_t b = z / h.H, first = z % h.H * D;
-      const float *x = qkv + b * h.T * 3 * C + first, *cached_keys = keys + z * S * D, *v = values + z * S * D;
-      turn(x, 3 * C, h, h.scale, q, norms);
+      const float* x = qkv + b * h.T * 3 * C + first;
+      float *ks = keys + z * S * D, *vs = values + z * S * D;
       turn(x + C, 3 * C, h, 1, k, norms);
       for (int64_t t = 0; t < h.T; t++) {
-        const int64_t at = (z * S + start + t) * D;
-        memcpy(keys + at, k + t * h.DP, D * sizeof(float));
-        memcpy(values + at, x + 2 * C + t * 3 * C, D * sizeof(float));
+        memcpy(ks + (start + t) * D, k + t * h.DP, D * sizeof(float));
+        memcpy(vs + (start + t) * D, x + 2 * C + t * 3 * C, D * sizeof(float));
       }
-      for (int64_t i = 0; i < h.T && start; i++) {  // without a past forward() does it, in blocks
+      if (!start) continue;  // without a past forward() does the rest, in blocks
+      turn(x, 3 * C, h, h.scale, q, norms);
+      for (int64_t i = 0; i < h.T; i++) {
         const int64_t last = start + i;
         const float* qi = q + i * h.DP;
         for (int64_t j = 0; j <= last; j++) {
-          const float* kj = cached_keys + j * D;
+          const float* kj = ks + j * D;
           float sum = 0;
 #pragma omp simd reduction(+ : sum)
           for (int64_t d = 0; d < D; d++) sum += qi[d] * kj[d];
@@ -299,7 +298,7 @@ void forward_cached(const Heads& h, const float* qkv, float* keys, float* values
         float* __restrict to = y + (b * h.T + i) * C + first;
         std::fill(to, to + D, 0.0f);
         for (int64_t j = 0; j <= last; j++) {
-          const float share = p[j] * inverse, *vj = v + j * D;
+          const float share = p[j] * inverse, *vj = vs + j * D;
           for (int64_t d = 0; d < D; d++) to[d] += share * vj[d];
         }
       }

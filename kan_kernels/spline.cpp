@@ -198,7 +198,7 @@ template <class S> void to_offsets(int32_t* i, int n, int rows, int width) {
 }
 
 constexpr int AHEAD = 16;
-inline int64_t sorted_size(int64_t n) { return (n + 2 * AHEAD - 1) / AHEAD * AHEAD; }
+inline int64_t sorted_size(int64_t n) { return round_up(n + AHEAD, AHEAD); }
 inline int64_t intervals(int64_t N, int features) { return features == 2 ? (N - 1) * (N - 1) : N - 1; }
 
 // Counting sort of n tokens into M intervals. A counter that goes up twice in a row waits for itself, so K parts of the
@@ -458,7 +458,7 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
   const int threads = thread_count(2.0 * B * F * O);
 
   if (B <= std::clamp<int64_t>(2 * N, 8, 256)) {  // measured: up to 2 N to 3 N tokens, at C = 128 and 768, N = 8 to 256
-    const int64_t padded = (O + L - 1) / L * L + L;
+    const int64_t padded = round_up(O, L) + L;
     common.clear();
     S* share = common.take<S>(threads * B * padded);
 #pragma omp parallel num_threads(threads)

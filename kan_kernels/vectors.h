@@ -44,6 +44,8 @@ template <> struct Types<double> {
 template <class S> using vec = typename Types<S>::vec;
 template <class S> constexpr int lanes = VECTOR_BYTES / sizeof(S);
 
+INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
 template <class S> INLINE void store(S* p, vec<S> v) { *(typename Types<S>::unaligned*)p = v; }
 template <class S> INLINE vec<S> broadcast(S s) { return s - vec<S>{}; }
 template <class S, class T> INLINE vec<S> load(const T* p) {
@@ -72,7 +74,7 @@ template <class S> INLINE void stream(S* p, vec<S> v) {
 inline char* allocate(size_t bytes) {
   constexpr size_t page = 1 << 21;
   const size_t alignment = bytes < page / 8 ? 4096 : page;
-  bytes = (bytes + alignment - 1) / alignment * alignment;
+  bytes = round_up(bytes, alignment);
   char* p = (char*)aligned_alloc(alignment, bytes);
   if (!p) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
@@ -101,7 +103,7 @@ struct Arena {
     pieces.emplace_back(allocate(size), size);
   }
   template <class T> T* take(size_t n) {  // aligned to 64 bytes; the odd line keeps buffers off each other's cache sets
-    const size_t bytes = (n * sizeof(T) + 63) / 64 * 64 + 64;
+    const size_t bytes = round_up(n * sizeof(T), 64) + 64;
     if (pieces.empty() || used + bytes > pieces.back().second) {
       pieces.emplace_back(allocate(bytes), bytes);
       used = 0;
