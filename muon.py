@@ -5,7 +5,7 @@ Newton-Schulz iterations, a handful of matrix products. torch.optim.Muon does th
 Without AVX-512 a CPU has no fast product of those: a step of a swiglu GPT 256 wide took 7.8 s, where AdamW's took 0.22,
 and takes 0.45 so (Zen 3, one thread).
 
-    x = m / |m|    five times: g = x x^T, x = a x + (b g + c g g) x    W -= lr (0.2 sqrt(longer side) x + decay W)
+    x = m / |m|    five times: g = x x^T, p = a + b g + c g g, x = p x    W -= lr (0.2 sqrt(longer side) x + decay W)
 """
 
 import math
@@ -37,10 +37,26 @@ def orthogonal(matrix, group):
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix  # the smaller of the two products x x^T
     x = x / x.norm().clamp(min=group["eps"])
-    for _ in range(group["ns_steps"]):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if 2 * x.shape[1] > 3 * x.shape[0]:
+        # x is only ever multiplied by polynomials of g, and g by their squares, so the long one is needed at both ends
+        # alone: a swiglu block 64, 128 and 256 wide takes 0.94, 0.76 and 0.74 of the time (Zen 3, one thread).
+        g = x @ x.T
+        product = p = polynomial(g, a, b, c)
+        for _ in range(group["ns_steps"] - 1):
+            g = p @ g @ p
+            p = polynomial(g, a, b, c)
+            product = p @ product
+        x = product @ x
+    else:
+        for _ in range(group["ns_steps"]):
+            x = polynomial(x @ x.T, a, b, c) @ x
     return x.T if tall else x
+
+
+def polynomial(g, a, b, c):
+    p = torch.addmm(g, g, g, beta=b, alpha=c)
+    p.diagonal().add_(a)
+    return p
 
 
 def choose(device):

@@ -357,6 +357,23 @@ def test_muon_in_float32_is_torchs_without_rounding(monkeypatch):
     assert torch.equal(theirs.state[want[0]]["momentum_buffer"], ours.state[got[0]]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (20, 20), (1, 7)])
+@pytest.mark.parametrize("decades", [0, 6])  # of singular values
+def test_muon_iterates_as_published(shape, decades):
+    """Against Newton-Schulz word for word in float64, also where gradients are all but singular."""
+    rank = min(shape)
+    left, right = (torch.linalg.qr(torch.randn(size, rank, dtype=torch.float64))[0] for size in shape)
+    matrix = left * torch.logspace(0, -decades, rank, dtype=torch.float64) @ right.T
+    group = torch.optim.Muon([torch.nn.Parameter(matrix)]).param_groups[0]
+    want = matrix / matrix.norm()
+    for _ in range(group["ns_steps"]):
+        gram = want @ want.T
+        a, b, c = group["ns_coefficients"]
+        want = (a * torch.eye(len(gram), dtype=torch.float64) + b * gram + c * gram @ gram) @ want
+    assert (muon.orthogonal(matrix, group) - want).abs().max() < 1e-12
+    assert (muon.orthogonal(matrix.float(), group) - want).abs().max() < 1e-3  # bfloat16 is 1e-2 off
+
+
 @pytest.mark.parametrize(
     "cpu, kind, expected",
     [("AVX2", "cpu", muon.Float32Muon), ("AVX512", "cpu", torch.optim.Muon), ("AVX2", "cuda", torch.optim.Muon)],
