@@ -39,7 +39,8 @@ def orthogonal(matrix, group):
     x = x / x.norm().clamp(min=group["eps"])
     if 2 * x.shape[1] > 3 * x.shape[0]:
         # x is only ever multiplied by polynomials of g, and g by their squares, so the long one is needed at both ends
-        # alone. From here on that takes fewer flops; a swiglu block 64, 128 and 256 wide takes 0.94, 0.76 and 0.74 of the time (Zen 3, one thread).
+        # alone, which from here on takes fewer flops: a swiglu block 64, 128 and 256 wide takes 0.94, 0.76 and 0.74 of
+        # the time (Zen 3, one thread).
         g = x @ x.T
         product = p = polynomial(g, a, b, c)
         for _ in range(group["ns_steps"] - 1):
