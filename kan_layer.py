@@ -605,7 +605,7 @@ class KANLayer(nn.Module):
         if self.parameterization == "prefix_sum":
             return kan_parameterizations.prefix_sums(p)
         with without_autocast(p.device.type):
-            return self._basis.to(p.dtype) @ p
+            return kan_kernels.change_basis(self._basis.to(p.dtype), p)
 
     def _exact_control_points(self):
         """In float64, to be set again in other coordinates."""

@@ -150,6 +150,10 @@ def load():
     def _(g, x, table, spline_width):
         return x.new_empty(x.shape), x.new_empty(table.shape)
 
+    @torch.library.register_fake("splinegpt_cpu::change_basis")
+    def _(matrix, p):
+        return p.new_empty(p.shape)
+
     @torch.library.register_fake("splinegpt_cpu::attention_cached")
     @torch.library.register_fake("splinegpt_cpu::attention")
     def _(qkv, heads, cos, sin, qk_norm, keys=None, values=None, start=0):
@@ -214,16 +218,28 @@ def spline(x, table, spline_width, rounded=False):
     return torch.ops.splinegpt_cpu.spline(x, table, spline_width, rounded)
 
 
+def in_place_of_pytorch(x):
+    """Whether a kernel may stand for PyTorch's operators: on a CPU, outside torch.func, and not to be exported."""
+    if x.device.type != "cpu" or torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
+        return False
+    return available()
+
+
+def change_basis(matrix, p):
+    """matrix @ p, of (N, N) and (F, N, O), both float32 or both float64; with gradients of p."""
+    return torch.ops.splinegpt_cpu.change_basis(matrix, p) if in_place_of_pytorch(p) else matrix @ p
+
+
 def has_attention(qkv, past=None):
-    """Whether attention() is the one to use: of float32 on a CPU, outside torch.func, not to be exported, and up to
-    2,048 tokens, beyond which PyTorch's is faster (Zen 3). With past not where a gradient is wanted, nor compiled."""
-    if qkv.device.type != "cpu" or qkv.dtype != torch.float32 or qkv.shape[1] > 2048:
+    """Whether attention() is the one to use: of float32, and up to 2,048 tokens, beyond which PyTorch's is faster
+    (Zen 3). With past not where a gradient is wanted, nor compiled."""
+    if qkv.dtype != torch.float32 or qkv.shape[1] > 2048:
         return False
     if past is not None:
         wanted = torch.is_grad_enabled() and qkv.requires_grad
         if wanted or past[0].dtype != qkv.dtype or torch.compiler.is_compiling():
             return False
-    return not torch._C._are_functorch_transforms_active() and not torch.compiler.is_exporting() and available()
+    return in_place_of_pytorch(qkv)
 
 
 def attention(qkv, heads, cos=None, sin=None, qk_norm=False, past=None):

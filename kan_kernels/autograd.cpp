@@ -44,6 +44,24 @@ struct Spline : torch::autograd::Function<Spline> {
   }
 };
 
+// Linear in p, so its gradient is one of the same kind, and has gradients itself.
+struct ChangeBasis : torch::autograd::Function<ChangeBasis> {
+  static Tensor call(const Tensor& matrix, const Tensor& p) {
+    static const auto change_basis = find<Tensor(const Tensor&, const Tensor&)>("splinegpt_cpu::change_basis");
+    return change_basis.call(matrix, p);
+  }
+  static Tensor forward(AutogradContext* ctx, const Tensor& matrix, const Tensor& p) {
+    ctx->save_for_backward({matrix});
+    Below below;
+    return call(matrix, p);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list g) {
+    std::optional<Below> below;
+    if (!at::GradMode::is_enabled()) below.emplace();
+    return {Tensor(), call(ctx->get_saved_variables()[0].t(), g[0])};
+  }
+};
+
 struct Attention : torch::autograd::Function<Attention> {
   static Tensor forward(AutogradContext* ctx, const Tensor& qkv, int64_t heads, const Rotation& cos,
                         const Rotation& sin, bool qk_norm) {
@@ -72,6 +90,10 @@ struct Attention : torch::autograd::Function<Attention> {
 TORCH_LIBRARY_IMPL(splinegpt_cpu, Autograd, m) {
   m.impl("spline", [](const Tensor& x, const Tensor& table, double width, bool rounded) {
     return Spline::apply(x, table, width, rounded);
+  });
+  m.impl("change_basis", [](const Tensor& matrix, const Tensor& p) {
+    TORCH_CHECK(!matrix.requires_grad(), "change_basis: the matrix has no gradient; detach() it");
+    return ChangeBasis::apply(matrix, p);
   });
   m.impl("attention",
          [](const Tensor& qkv, int64_t heads, const Rotation& cos, const Rotation& sin, bool qk_norm) {

@@ -193,8 +193,12 @@ template <class S> void locate_group(const S* x, const Layer<S>& layer, int coun
 
 // Those intervals as where their rows begin, features having so many each.
 template <class S> void to_offsets(int32_t* i, int n, int rows, int width) {
-  for (int b = 0; b < n; b++, i += lanes<S>)
-    for (int k = 0; k < lanes<S>; k++) i[k] = (k * rows + i[k]) * width;
+  typename Types<S>::ints32 first;
+  for (int k = 0; k < lanes<S>; k++) first[k] = k * rows;
+  for (int b = 0; b < n; b++, i += lanes<S>) {
+    auto& row = *(typename Types<S>::ints32*)i;
+    row = (row + first) * width;
+  }
 }
 
 constexpr int AHEAD = 16;
@@ -808,6 +812,45 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// From parameters to control points
+
+// c (F, N, O) = matrix (N, N) times each feature's rows of p (F, N, O): control points from what is learned
+// (kan_parameterizations.py). A batch of matrix products, but of small ones.
+template <class S> void multiply(const S* matrix, const S* p, S* c, int64_t F, int64_t N, int64_t O) {
+  constexpr int L = lanes<S>, V = 4;
+#pragma omp parallel for num_threads(thread_count(1.0 * F * N * N * O))
+  for (int64_t f = 0; f < F; f++) {
+    const S* from = p + f * N * O;
+    S* to = c + f * N * O;
+    const auto rows = [&](int64_t o, auto vectors) {  // two at a time, so that one load serves two multiply-adds
+      constexpr int V = decltype(vectors)::value;
+      for (int64_t n = 0; n < N; n += 2) {
+        const S* weights[2] = {matrix + n * N, matrix + std::min(n + 1, N - 1) * N};
+        vec<S> sum[2][V] = {};
+        for (int64_t k = 0; k < N; k++) {
+          const vec<S> w[2] = {broadcast<S>(weights[0][k]), broadcast<S>(weights[1][k])};
+          UNROLL for (int v = 0; v < V; v++) {
+            const vec<S> row = load<S>(from + k * O + o + v * L);
+            UNROLL for (int r = 0; r < 2; r++) sum[r][v] += w[r] * row;
+          }
+        }
+        for (int r = 0; r < std::min<int64_t>(2, N - n); r++)
+          UNROLL for (int v = 0; v < V; v++) store<S>(to + (n + r) * O + o + v * L, sum[r][v]);
+      }
+    };
+    int64_t o = 0;
+    for (; o + V * L <= O; o += V * L) rows(o, std::integral_constant<int, V>());
+    for (; o + L <= O; o += L) rows(o, std::integral_constant<int, 1>());
+    for (; o < O; o++)
+      for (int64_t n = 0; n < N; n++) {
+        S sum = 0;
+        for (int64_t k = 0; k < N; k++) sum += matrix[n * N + k] * from[k * O + o];
+        to[n * O + o] = sum;
+      }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // The operators
 
 template <class S> Layer<S> describe(const Tensor& x, const Tensor& table, double width) {
@@ -867,6 +910,20 @@ std::tuple<Tensor, Tensor> spline_backward(const Tensor& g_, const Tensor& x_, c
   return {dx, dtable};
 }
 
+Tensor change_basis(const Tensor& matrix_, const Tensor& p_) {
+  const Tensor matrix = matrix_.contiguous(), p = p_.contiguous();
+  TORCH_CHECK(p.dim() == 3 && matrix.dim() == 2 && matrix.size(0) == p.size(1) && matrix.size(1) == p.size(1) &&
+                  matrix.scalar_type() == p.scalar_type(),
+              "change_basis: p must be (F, N, O) and the matrix (N, N), of one type, got ", p.sizes(), " and ",
+              matrix.sizes());
+  Tensor c = pooled(p.sizes(), p.options());
+  with_types(p, p, [&](auto s, auto) {
+    using S = decltype(s);
+    multiply(matrix.const_data_ptr<S>(), p.const_data_ptr<S>(), c.data_ptr<S>(), p.size(0), p.size(1), p.size(2));
+  });
+  return c;
+}
+
 // How many threads a parallel region gets: 1 would mean that OpenMP was left out.
 int64_t threads() {
   int64_t count = 1;
@@ -894,10 +951,12 @@ TORCH_LIBRARY(splinegpt_cpu, m) {
   m.def("release_memory() -> ()", &release_memory);
   m.def("spline(Tensor x, Tensor table, float width, bool rounded=False) -> Tensor");
   m.def("spline_backward(Tensor g, Tensor x, Tensor table, float width) -> (Tensor, Tensor)");
+  m.def("change_basis(Tensor matrix, Tensor p) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(splinegpt_cpu, CPU, m) {
   m.impl("spline", &spline);
   m.impl("spline_backward", &spline_backward);
+  m.impl("change_basis", &change_basis);
 }
 
 }  // namespace

@@ -177,6 +177,65 @@ def test_operators_say_what_is_wrong(arguments, message):
         ops.spline(*arguments)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    F=st.integers(1, 40),
+    N=st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 128])),
+    O=st.one_of(st.integers(1, 100), st.sampled_from([128, 256])),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    strided=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_change_of_basis_is_a_matrix_product(F, N, O, dtype, strided, seed):
+    generator = torch.Generator().manual_seed(seed)
+    matrix, p, g = (torch.randn(s, generator=generator, dtype=dtype) for s in ((N, N), (F, N, O), (F, N, O)))
+    if strided:
+        matrix, p, g = matrix.t(), *(a.transpose(0, 2).contiguous().transpose(0, 2) for a in (p, g))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        c = kan_kernels.change_basis(matrix, p.requires_grad_())
+        assert "ChangeBasis" in c.grad_fn.name()
+        results.append((c, *torch.autograd.grad(c, p, g)))
+    exact, total = matrix.double() @ p.double(), matrix.double().abs() @ p.double().abs()
+    back, total_back = matrix.t().double() @ g.double(), matrix.t().double().abs() @ g.double().abs()
+    eps = N * torch.finfo(dtype).eps
+    assert ((results[0][0] - exact).abs() <= eps * total).all()
+    assert ((results[0][1] - back).abs() <= eps * total_back).all()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_well_formed_change_of_basis(dtype):
+    matrix, p = torch.randn(5, 5, dtype=dtype), torch.randn(3, 5, 4, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(ops.change_basis.default, (matrix, p))
+    torch.library.opcheck(
+        ops.change_basis.default, (matrix.t(), p.detach().transpose(0, 2).contiguous().transpose(0, 2))
+    )
+    if dtype == torch.float64:
+        change = lambda p: kan_kernels.change_basis(matrix, p)
+        assert torch.autograd.gradcheck(change, p) and torch.autograd.gradgradcheck(change, p)
+
+
+@pytest.mark.parametrize("matrix, p", [((4, 4), (3, 5, 6)), ((5, 4), (3, 5, 6)), ((5, 5), (5, 6))])
+def test_change_of_basis_says_what_is_wrong(matrix, p):
+    with pytest.raises(RuntimeError, match=r"p must be \(F, N, O\) and the matrix \(N, N\)"):
+        ops.change_basis(torch.zeros(matrix), torch.zeros(p))
+    with pytest.raises(RuntimeError, match="the matrix has no gradient"):
+        ops.change_basis(torch.eye(5, requires_grad=True), torch.zeros(3, 5, 6))
+
+
+def test_change_of_basis_by_pytorch_where_it_must(monkeypatch):
+    layer, x = KANLayer(6, 5, num_control_points=7, parameterization="whitened", impl="dense"), torch.randn(30, 6)
+    loss = lambda p: kan_kernels.change_basis(layer._basis, p).square().sum()
+    (want,) = torch.autograd.grad(loss(layer.kan_weight), layer.kan_weight)
+    torch.testing.assert_close(torch.func.grad(loss)(layer.kan_weight.detach()), want)
+    assert "change_basis" not in str(torch.export.export(layer, (x,)).graph)
+    monkeypatch.setattr(kan_kernels, "available", lambda: False)
+    assert "Bmm" in str(layer.control_points().grad_fn.next_functions)
+    torch.testing.assert_close(torch.autograd.grad(loss(layer.kan_weight), layer.kan_weight)[0], want)
+
+
 def test_off_the_cpu_is_an_error():
     with pytest.raises(ValueError, match="impl='cpp' needs a CPU"):
         KANLayer(3, 3, impl="cpp", device="meta")(torch.zeros(2, 3, device="meta"))
@@ -269,6 +328,9 @@ for B, F, N, O in (*SHAPES, *((B, 64, 8, 300) for B in (1, 4, 16, 64, 300))):
             results.append([y, *torch.autograd.grad(y, (a, module.kan_weight), g.to(kind))])
         for got, want in zip(*results):
             assert (got - want).norm() < {2: 3e-3, 4: 1e-5, 8: 1e-13}[dtype.itemsize] * want.norm(), (B, F, N, O, dtype)
+for N, O in (7, 70), (30, 33):
+    matrix, p = torch.randn(N, N), torch.randn(9, N, O)
+    assert (kan_kernels.change_basis(matrix, p) - matrix @ p).norm() < 1e-6 * p.norm() * N, (N, O)
 for B, T, heads, D, turned in (2, 70, 2, 20, True), (1, 33, 1, 3, False):
     qkv, g, *rotation = make(B, T, heads, D, turned)
     results = [both(qkv, g, heads, *rotation, turned, f) for f in (kan_kernels.attention, reference)]
