@@ -207,7 +207,8 @@ inline int64_t intervals(int64_t N, int features) { return features == 2 ? (N - 
 
 // Counting sort of n tokens into M intervals. A counter that goes up twice in a row waits for itself, so K parts of the
 // tokens have counters of their own and take turns. interval is followed by room for K * M of them.
-template <int K, class Place> INLINE void sort_by(int32_t* interval, int n, int M, int32_t* start, Place place) {
+template <int K, class Where, class Place>
+INLINE void sort_by(int32_t* interval, int n, int M, int32_t* start, Where where, Place place) {
   int32_t* count = interval + sorted_size(n);
   const int part = n / K;
   const auto for_all = [&](auto visit) {
@@ -215,7 +216,7 @@ template <int K, class Place> INLINE void sort_by(int32_t* interval, int n, int 
     for (int b = K * part; b < n; b++) visit(b, K - 1);
   };
   std::fill(count, count + K * M, 0);
-  for_all([&](int b, int k) { count[interval[b] * K + k]++; });
+  for_all([&](int b, int k) { count[(interval[b] = where(b)) * K + k]++; });
   int before = 0;
   for (int j = 0; j < K * M; j++) {
     if (j % K == 0) start[j / K] = before;
@@ -235,9 +236,10 @@ void sort_features(const int32_t* i, const S* t, int n, int N, int32_t* order, i
                    int32_t* interval) {
   constexpr int L = lanes<S>;
   const int M = intervals(N, features);
-  for (int b = 0; b < n; b++) interval[b] = features == 2 ? i[b * L] * (N - 1) + i[b * L + 1] : i[b * L];
+  const auto where = [&](int b) { return features == 2 ? i[b * L] * (N - 1) + i[b * L + 1] : i[b * L]; };
 #ifdef __AVX512F__
   if (M < 16) {  // few intervals: pick out the tokens of each, 16 at a time
+    for (int b = 0; b < n; b++) interval[b] = where(b);
     int filled = 0;
     for (int i = 0; i < M; i++) {
       start[i] = filled;
@@ -259,8 +261,8 @@ void sort_features(const int32_t* i, const S* t, int n, int N, int32_t* order, i
       order[q] = b;
       memcpy(sorted_t + features * q, t + b * L, features * sizeof(S));
     };
-    if (4 * M <= n) sort_by<4>(interval, n, M, start, place);
-    else sort_by<1>(interval, n, M, start, place);
+    if (4 * M <= n) sort_by<4>(interval, n, M, start, where, place);
+    else sort_by<1>(interval, n, M, start, where, place);
   }
   std::fill(order + n, order + n + AHEAD, 0);
 }
