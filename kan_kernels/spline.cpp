@@ -843,6 +843,7 @@ template <class S> void multiply(const S* matrix, const S* p, S* c, int64_t F, i
     int64_t o = 0;
     for (; o + V * L <= O; o += V * L) rows(o, std::integral_constant<int, V>());
     for (; o + L <= O; o += L) rows(o, std::integral_constant<int, 1>());
+    if (o < O && O >= L) rows(O - L, std::integral_constant<int, 1>()), o = O;  // some of it once more
     for (; o < O; o++)
       for (int64_t n = 0; n < N; n++) {
         S sum = 0;
