@@ -138,7 +138,7 @@ class KAN(nn.Module):
         else:
             y = self.proj(x, made_by)
         if self.c_gate is not None:
-            y = y * self.c_gate(x).add_(1)
+            y = y * (1 + self.c_gate(x))
         y = self.dropout(y)
         return y if self.beside is None else y + self.beside(x)
 

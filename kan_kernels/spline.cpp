@@ -819,12 +819,15 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
 // c (F, N, O) = matrix (N, N) times each feature's rows of p (F, N, O): control points from what is learned
 // (kan_parameterizations.py). A batch of matrix products, but of small ones.
 template <class S> void multiply(const S* matrix, const S* p, S* c, int64_t F, int64_t N, int64_t O) {
-  constexpr int L = lanes<S>, V = 4;
+  constexpr int L = lanes<S>;
+  constexpr std::integral_constant<int, 4> wide;
+  constexpr std::integral_constant<int, 1> narrow;
 #pragma omp parallel for num_threads(thread_count(1.0 * F * N * N * O))
   for (int64_t f = 0; f < F; f++) {
     const S* from = p + f * N * O;
     S* to = c + f * N * O;
-    const auto rows = [&](int64_t o, auto vectors) {  // two at a time, so that one load serves two multiply-adds
+    // Two rows at a time, so that one load serves two multiply-adds.
+    const auto rows = [&](int64_t o, auto vectors) {
       constexpr int V = decltype(vectors)::value;
       for (int64_t n = 0; n < N; n += 2) {
         const S* weights[2] = {matrix + n * N, matrix + std::min(n + 1, N - 1) * N};
@@ -841,9 +844,9 @@ template <class S> void multiply(const S* matrix, const S* p, S* c, int64_t F, i
       }
     };
     int64_t o = 0;
-    for (; o + V * L <= O; o += V * L) rows(o, std::integral_constant<int, V>());
-    for (; o + L <= O; o += L) rows(o, std::integral_constant<int, 1>());
-    if (o < O && O >= L) rows(O - L, std::integral_constant<int, 1>()), o = O;  // some of it once more
+    for (; o + wide * L <= O; o += wide * L) rows(o, wide);
+    for (; o + L <= O; o += L) rows(o, narrow);
+    if (o < O && O >= L) rows(O - L, narrow), o = O;  // some of it once more
     for (; o < O; o++)
       for (int64_t n = 0; n < N; n++) {
         S sum = 0;
