@@ -24,6 +24,11 @@ template <class Signature> auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// For a backward, whose operators are autograd's business only if a gradient of the gradient is wanted.
+std::optional<Below> below_unless_wanted() {
+  return at::GradMode::is_enabled() ? std::optional<Below>() : std::optional<Below>(std::in_place);
+}
+
 struct Spline : torch::autograd::Function<Spline> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& table, double width, bool rounded) {
     static const auto spline = find<Tensor(const Tensor&, const Tensor&, double, bool)>("splinegpt_cpu::spline");
@@ -37,8 +42,7 @@ struct Spline : torch::autograd::Function<Spline> {
         find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double)>(
             "splinegpt_cpu::spline_backward");
     const auto saved = ctx->get_saved_variables();
-    std::optional<Below> below;
-    if (!at::GradMode::is_enabled()) below.emplace();
+    const auto below = below_unless_wanted();
     auto [dx, dtable] = backward.call(g[0], saved[0], saved[1], ctx->saved_data["width"].toDouble());
     return {dx, dtable.to(saved[1].scalar_type()), Tensor(), Tensor()};
   }
@@ -56,8 +60,7 @@ struct ChangeBasis : torch::autograd::Function<ChangeBasis> {
     return call(matrix, p);
   }
   static variable_list backward(AutogradContext* ctx, variable_list g) {
-    std::optional<Below> below;
-    if (!at::GradMode::is_enabled()) below.emplace();
+    const auto below = below_unless_wanted();
     return {Tensor(), call(ctx->get_saved_variables()[0].t(), g[0])};
   }
 };
@@ -79,8 +82,7 @@ struct Attention : torch::autograd::Function<Attention> {
             "splinegpt_cpu::attention_backward");
     const auto saved = ctx->get_saved_variables();
     const auto given = [&](int i) { return saved[i].defined() ? Rotation(saved[i]) : std::nullopt; };
-    std::optional<Below> below;
-    if (!at::GradMode::is_enabled()) below.emplace();
+    const auto below = below_unless_wanted();
     Tensor d = backward.call(g[0], saved[0], ctx->saved_data["heads"].toInt(), given(1), given(2),
                              ctx->saved_data["qk_norm"].toBool());
     return {d, Tensor(), Tensor(), Tensor(), Tensor()};

@@ -221,6 +221,9 @@ def test_well_formed_change_of_basis(dtype):
 def test_change_of_basis_says_what_is_wrong(matrix, p):
     with pytest.raises(RuntimeError, match=r"p must be \(F, N, O\) and the matrix \(N, N\)"):
         ops.change_basis(torch.zeros(matrix), torch.zeros(p))
+
+
+def test_the_matrix_of_a_change_of_basis_has_no_gradient():
     with pytest.raises(RuntimeError, match="the matrix has no gradient"):
         ops.change_basis(torch.eye(5, requires_grad=True), torch.zeros(3, 5, 6))
 
