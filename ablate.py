@@ -15,8 +15,8 @@ One TOML says everything:
     arms = ["swiglu", "kan"]        only some of the arms
     tries.NAME = [...]              its own for an arm, as below
     [arms.NAME]                     more of them: what is compared. Beside these an arm may have
-    tries = [{learning_rate = 1e-3}, ...]   one run each with the first seed; the best goes on. As many for every arm,
-                                            and of nothing that makes a step longer
+    tries = [{learning_rate = 1e-3}, ...]   one run each with the first seed; the best goes on, a single one without a
+                                            run. As many for every arm, and of nothing that makes a step longer
     equal = ["seconds"]             this arm's own comparisons
     equal_parameters = false        or else match_parameters makes it as large as the reference
 
@@ -431,14 +431,16 @@ class Runner:
     # Which runs
 
     def tries(self, cell, arm):
-        return [self.run(cell, arm, self.plan.seeds[0], extra) for extra in self.plan.tries(cell, arm)]
+        """The runs to choose by: none where there is one try."""
+        tries = self.plan.tries(cell, arm)
+        return [self.run(cell, arm, self.plan.seeds[0], extra) for extra in tries] if len(tries) > 1 else []
 
     def chosen(self, cell, arm):
         """The try that did best with the first seed, or the first if none stayed finite; None if some are missing."""
         found = [self.results["runs"].get(run.key) for run in self.tries(cell, arm)]
         if None in found:
             return None
-        losses = [math.inf if result["val_loss"] is None else result["val_loss"] for result in found]
+        losses = [math.inf if result["val_loss"] is None else result["val_loss"] for result in found] or [math.inf]
         return self.plan.tries(cell, arm)[losses.index(min(losses))]
 
     def compared(self, cell, arm, measure, extra, speeds):

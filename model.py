@@ -42,6 +42,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.qk_norm = config.qk_norm
+        # The products of two normed vectors are at most sqrt(D), too flat for a small head to look at one token alone.
+        self.q_gain = nn.Parameter(torch.empty(config.n_head)) if config.qk_gain else None
 
     def forward(self, x, rotation=None, cache=None):
         B, T, C = x.shape
@@ -49,7 +51,8 @@ class CausalSelfAttention(nn.Module):
         p = self.dropout if self.training else 0.0
         past = cache and cache.past(self.layer)
         if p == 0 and kan_kernels.has_attention(qkv, past):  # what follows, as one
-            y = kan_kernels.attention(qkv, self.n_head, *(rotation or ()), qk_norm=self.qk_norm, past=past)
+            options = dict(qk_norm=self.qk_norm, gain=self.q_gain, past=past)
+            y = kan_kernels.attention(qkv, self.n_head, *(rotation or ()), **options)
             return self.resid_dropout(self.c_proj(y))
         qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
         qk, v = qkv.split((2, 1), dim=2)
@@ -57,6 +60,8 @@ class CausalSelfAttention(nn.Module):
         v = v.squeeze(2)
         if self.qk_norm:
             q, k = F.rms_norm(q, (q.shape[-1],)), F.rms_norm(k, (k.shape[-1],))
+        if self.q_gain is not None:
+            q = q * self.q_gain[:, None, None].to(q.dtype)
         mask, causal = None, True
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, H, S + T, D)
@@ -180,6 +185,7 @@ class GPTConfig:
     position: str = "rope"  # rope, learned
     norm: str = "layernorm"  # layernorm, rmsnorm (without parameters)
     qk_norm: bool = False
+    qk_gain: float = 0.0  # with qk_norm: where a head's learned gain begins, which multiplies q; 0: there is none
     zero_init: bool = False  # output projections of attention and MLP start at zero, as the KAN does
     logit_softcap: float = 0.0  # 0: off; else logits = cap * tanh(logits / cap)
     tie_head: bool = True
@@ -205,6 +211,10 @@ class GPTConfig:
             raise ValueError(
                 f"kan_mu = {self.kan_mu} is for kan_parameterization = dct_scaled and whitened, got "
                 f"{self.kan_parameterization}; leave it out"
+            )
+        if self.qk_gain and not (self.qk_norm and 0 < self.qk_gain < math.inf):
+            raise ValueError(
+                f"qk_gain must be at least 0, and needs qk_norm, got {self.qk_gain}, qk_norm = {self.qk_norm}"
             )
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} must be a multiple of n_head = {self.n_head}")
@@ -267,6 +277,7 @@ class GPT(nn.Module):
         wte, wpe, lm_head, c_attn, c_fc, c_gate     normal, std 0.02
         c_proj                                      normal, std 0.02 / sqrt(2 * n_layer), or zero (zero_init)
         ln                                          one
+        q_gain                                      qk_gain
         kan_weight                                  KANLayer's own init; random_normal into the residual stream is
                                                     scaled by 1 / sqrt(2 * n_layer) as c_proj is
         """
@@ -281,6 +292,9 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.0 if self.config.zero_init else 0.02 * depth)
             elif kind in ("wte", "wpe", "lm_head", "c_attn", "c_fc", "c_gate"):
                 nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, CausalSelfAttention):
+                if module.q_gain is not None:
+                    module.q_gain.fill_(self.config.qk_gain)
             elif kind.startswith("ln"):
                 if module.weight is not None:
                     nn.init.ones_(module.weight)

@@ -75,6 +75,7 @@ class TrainConfig:
     position: Literal["rope", "learned"] = "rope"  # learned: nanoGPT's, worse for both arms (see DIARY.md)
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     qk_norm: bool = False
+    qk_gain: float = 0.0  # with qk_norm: where each head's learned gain of q begins; 0: there is none
     zero_init: bool = False  # output projections start at zero
     logit_softcap: float = 0.0  # 0: off
     tie_head: bool = True

@@ -11,12 +11,12 @@ of x (B, F), table (F, N, O) and y (B, O); it has gradients, compiles and export
 float64; a bfloat16 table may come with a float32 x. All sums are in x's type. rounded allows, with a bfloat16 table,
 that positions t are rounded to bfloat16 too, which makes a few tokens 1.4 times as fast on a CPU with AVX512-BF16.
 
-    attention(qkv, heads, cos=None, sin=None, qk_norm=False, past=None) -> y
+    attention(qkv, heads, cos=None, sin=None, qk_norm=False, gain=None, past=None) -> y
 
 of qkv (B, T, 3 C), one after the other what the heads of q, k and v have, and y (B, T, C), in float32, causal: what
-model.py says in PyTorch's operators, rotary positions by cos and sin (T, C / heads) and QK-norm included. With past, a
-cache's (keys, values, start), of (B, heads, S, C / heads) both, qkv's tokens follow the start that it holds, and are
-added to it; there is no gradient.
+model.py says in PyTorch's operators, rotary positions by cos and sin (T, C / heads), QK-norm and gains of q, (heads,),
+included; gradients are of qkv and gain. With past, a cache's (keys, values, start), of (B, heads, S, C / heads) both,
+qkv's tokens follow the start that it holds, and are added to it; there is no gradient.
 """
 
 import concurrent.futures
@@ -156,12 +156,12 @@ def load():
 
     @torch.library.register_fake("splinegpt_cpu::attention_cached")
     @torch.library.register_fake("splinegpt_cpu::attention")
-    def _(qkv, heads, cos, sin, qk_norm, keys=None, values=None, start=0):
+    def _(qkv, heads, cos, sin, qk_norm, gain, keys=None, values=None, start=0):
         return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
 
     @torch.library.register_fake("splinegpt_cpu::attention_backward")
-    def _(g, qkv, heads, cos, sin, qk_norm):
-        return qkv.new_empty(qkv.shape)
+    def _(g, qkv, heads, cos, sin, qk_norm, gain):
+        return qkv.new_empty(qkv.shape), qkv.new_empty(0 if gain is None else heads)
 
     def twice(ctx, *_):
         raise RuntimeError(
@@ -247,7 +247,7 @@ def has_attention(qkv, past=None):
     return in_place_of_pytorch(qkv)
 
 
-def attention(qkv, heads, cos=None, sin=None, qk_norm=False, past=None):
+def attention(qkv, heads, cos=None, sin=None, qk_norm=False, gain=None, past=None):
     if past is not None:
-        return torch.ops.splinegpt_cpu.attention_cached(qkv, heads, cos, sin, qk_norm, *past)
-    return torch.ops.splinegpt_cpu.attention(qkv, heads, cos, sin, qk_norm)
+        return torch.ops.splinegpt_cpu.attention_cached(qkv, heads, cos, sin, qk_norm, gain, *past)
+    return torch.ops.splinegpt_cpu.attention(qkv, heads, cos, sin, qk_norm, gain)

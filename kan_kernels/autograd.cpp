@@ -17,7 +17,7 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Rotation = std::optional<Tensor>;
+using Optional = std::optional<Tensor>;
 using Below = at::AutoDispatchBelowADInplaceOrView;  // operators called in its life skip autograd
 
 template <class Signature> auto find(const char* name) {
@@ -66,26 +66,27 @@ struct ChangeBasis : torch::autograd::Function<ChangeBasis> {
 };
 
 struct Attention : torch::autograd::Function<Attention> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& qkv, int64_t heads, const Rotation& cos,
-                        const Rotation& sin, bool qk_norm) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& qkv, int64_t heads, const Optional& cos,
+                        const Optional& sin, bool qk_norm, const Optional& gain) {
     static const auto attention =
-        find<Tensor(const Tensor&, int64_t, const Rotation&, const Rotation&, bool)>("splinegpt_cpu::attention");
-    ctx->save_for_backward({qkv, cos.value_or(Tensor()), sin.value_or(Tensor())});
+        find<Tensor(const Tensor&, int64_t, const Optional&, const Optional&, bool, const Optional&)>(
+            "splinegpt_cpu::attention");
+    ctx->save_for_backward({qkv, cos.value_or(Tensor()), sin.value_or(Tensor()), gain.value_or(Tensor())});
     ctx->saved_data["heads"] = heads;
     ctx->saved_data["qk_norm"] = qk_norm;
     Below below;
-    return attention.call(qkv, heads, cos, sin, qk_norm);
+    return attention.call(qkv, heads, cos, sin, qk_norm, gain);
   }
   static variable_list backward(AutogradContext* ctx, variable_list g) {
     static const auto backward =
-        find<Tensor(const Tensor&, const Tensor&, int64_t, const Rotation&, const Rotation&, bool)>(
-            "splinegpt_cpu::attention_backward");
+        find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, const Optional&, const Optional&, bool,
+                                        const Optional&)>("splinegpt_cpu::attention_backward");
     const auto saved = ctx->get_saved_variables();
-    const auto given = [&](int i) { return saved[i].defined() ? Rotation(saved[i]) : std::nullopt; };
+    const auto given = [&](int i) { return saved[i].defined() ? Optional(saved[i]) : std::nullopt; };
     const auto below = below_unless_wanted();
-    Tensor d = backward.call(g[0], saved[0], ctx->saved_data["heads"].toInt(), given(1), given(2),
-                             ctx->saved_data["qk_norm"].toBool());
-    return {d, Tensor(), Tensor(), Tensor(), Tensor()};
+    auto [dqkv, dgain] = backward.call(g[0], saved[0], ctx->saved_data["heads"].toInt(), given(1), given(2),
+                                       ctx->saved_data["qk_norm"].toBool(), given(3));
+    return {dqkv, Tensor(), Tensor(), Tensor(), Tensor(), saved[3].defined() ? dgain : Tensor()};
   }
 };
 
@@ -97,12 +98,12 @@ TORCH_LIBRARY_IMPL(splinegpt_cpu, Autograd, m) {
     TORCH_CHECK(!matrix.requires_grad(), "change_basis: the matrix has no gradient; detach() it");
     return ChangeBasis::apply(matrix, p);
   });
-  m.impl("attention",
-         [](const Tensor& qkv, int64_t heads, const Rotation& cos, const Rotation& sin, bool qk_norm) {
-           TORCH_CHECK(!(cos && cos->requires_grad()) && !(sin && sin->requires_grad()),
-                       "attention: cos and sin have no gradients; detach() them");
-           return Attention::apply(qkv, heads, cos, sin, qk_norm);
-         });
+  m.impl("attention", [](const Tensor& qkv, int64_t heads, const Optional& cos, const Optional& sin, bool qk_norm,
+                         const Optional& gain) {
+    TORCH_CHECK(!(cos && cos->requires_grad()) && !(sin && sin->requires_grad()),
+                "attention: cos and sin have no gradients; detach() them");
+    return Attention::apply(qkv, heads, cos, sin, qk_norm, gain);
+  });
 }
 
 }  // namespace

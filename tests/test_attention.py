@@ -17,14 +17,16 @@ def angles(T, D):
     return rotary(torch.arange(T), D)
 
 
-def reference(qkv, heads, cos, sin, qk_norm):
-    """As the definition reads, in float64."""
+def reference(qkv, heads, cos, sin, qk_norm, gain=None):
+    """As the definition reads, in float64. gain: (heads,), or one for every token, (B, heads, T)."""
     B, T, _ = qkv.shape
     q, k, v = qkv.double().view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
     if cos is not None:
         q, k = (x * cos.double() + x.roll(x.shape[-1] // 2, -1) * sin.double() for x in (q, k))
     if qk_norm:
         q, k = (F.rms_norm(x, x.shape[-1:], eps=torch.finfo(torch.float32).eps) for x in (q, k))
+    if gain is not None:
+        q = q * (gain[:, None] if gain.dim() == 1 else gain).double()[..., None]
     scores = q @ k.mT / q.shape[-1] ** 0.5
     hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
     return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1)
@@ -36,19 +38,27 @@ def make(B, T, heads, D, turned, seed=0, scale=1.0):
     return qkv, torch.randn(B, T, heads * D, generator=generator), *(angles(T, D) if turned else (None, None))
 
 
-def both(qkv, g, heads, cos, sin, qk_norm, attention):
-    x = qkv.clone().requires_grad_()
-    y = attention(x, heads, cos, sin, qk_norm)
-    return y.detach(), torch.autograd.grad(y, x, g.to(y.dtype))[0]
+def make_gain(heads, seed=0):
+    """Around 2, the last of them 0, where there are some."""
+    gain = 2 + torch.randn(heads, generator=torch.Generator().manual_seed(seed))
+    gain[1:][-1:] = 0
+    return gain
 
 
-def in_parts(qkv, heads, cos, sin, qk_norm, parts, keys, values):
+def both(qkv, g, heads, cos, sin, qk_norm, attention, gain=None):
+    """y, and the gradients of qkv and of the gain, if there is one."""
+    inputs = [x.clone().requires_grad_() for x in (qkv, gain) if x is not None]
+    y = attention(inputs[0], heads, cos, sin, qk_norm, *inputs[1:])
+    return y.detach(), *torch.autograd.grad(y, inputs, g.to(y.dtype))
+
+
+def in_parts(qkv, heads, cos, sin, qk_norm, parts, keys, values, gain=None):
     """Some tokens at a time, the cache holding those before."""
     y, start = [], 0
     for part in qkv.split(parts, 1):
         now = slice(start, start + part.shape[1])
         rotation = (None, None) if cos is None else (cos[now], sin[now])
-        y.append(kan_kernels.attention(part, heads, *rotation, qk_norm, past=(keys, values, start)))
+        y.append(kan_kernels.attention(part, heads, *rotation, qk_norm, gain, past=(keys, values, start)))
         start = now.stop
     return torch.cat(y, 1)
 
@@ -62,21 +72,27 @@ def in_parts(qkv, heads, cos, sin, qk_norm, parts, keys, values):
     odd=st.booleans(),
     turned=st.booleans(),
     qk_norm=st.booleans(),
+    gained=st.booleans(),
     scale=st.sampled_from([1e-3, 1.0, 4.0]),
     threads=st.sampled_from([1, 2]),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_matches_the_reference(B, T, heads, half, odd, turned, qk_norm, scale, threads, seed):
+def test_any_shape_matches_the_reference(B, T, heads, half, odd, turned, qk_norm, gained, scale, threads, seed):
     D = 2 * half + (odd and not turned)
     qkv, g, *rotation = make(B, T, heads, D, turned, seed, scale)
     torch.set_num_threads(threads)
-    got = both(qkv, g, heads, *rotation, qk_norm, kan_kernels.attention)
-    want = both(qkv, g, heads, *rotation, qk_norm, reference)
+    gain = make_gain(heads, seed) if gained else None
+    got = both(qkv, g, heads, *rotation, qk_norm, kan_kernels.attention, gain)
+    every = gain[:, None].expand(B, heads, T) if gained else None
+    want = both(qkv, g, heads, *rotation, qk_norm, reference, every)
     # Scores of scale 4 are sums of terms up to some hundred, whose rounding the softmax passes on. Of few channels with
     # QK-norm next to nothing is left of a gradient, and its rounding is as large as before.
     tolerance = 2e-6 * (max(1.0, scale) ** 2 if not qk_norm else 10 if D < 8 else 1)
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(got[:2], want[:2], strict=True):
         assert (a - b).abs().max() <= tolerance * b.abs().max(), (a - b).abs().max() / b.abs().max()
+    for a, b in zip(got[2:], want[2:], strict=True):  # a gain's gradient: what tokens add up to, and may cancel
+        error, most = (a - b.sum((0, 2))).abs().max(), b.abs().sum((0, 2)).max()
+        assert error <= tolerance * most, error / most
 
 
 @settings(max_examples=100, deadline=None)
@@ -88,16 +104,18 @@ def test_any_shape_matches_the_reference(B, T, heads, half, odd, turned, qk_norm
     half=st.one_of(st.integers(1, 9), st.sampled_from([16, 20, 33, 64])),
     turned=st.booleans(),
     qk_norm=st.booleans(),
+    gained=st.booleans(),
     threads=st.sampled_from([1, 2]),
     seed=st.integers(0, 2**31),
 )
-def test_a_sequence_in_parts_matches_the_whole(B, parts, spare, heads, half, turned, qk_norm, threads, seed):
+def test_a_sequence_in_parts_matches_the_whole(B, parts, spare, heads, half, turned, qk_norm, gained, threads, seed):
     T, D = sum(parts), 2 * half
     qkv, _, cos, sin = make(B, T, heads, D, turned, seed)
     torch.set_num_threads(threads)
     keys, values = torch.full((2, B, heads, T + spare, D), torch.nan)  # nobody looks at what has not been written
-    got = in_parts(qkv, heads, cos, sin, qk_norm, parts, keys, values)
-    want = reference(qkv, heads, cos, sin, qk_norm)
+    gain = make_gain(heads, seed) if gained else None
+    got = in_parts(qkv, heads, cos, sin, qk_norm, parts, keys, values, gain)
+    want = reference(qkv, heads, cos, sin, qk_norm, gain)
     assert (got - want).abs().max() <= 2e-6 * (10 if D < 8 else 1) * want.abs().max()
     assert keys[:, :, T:].isnan().all() and values[:, :, T:].isnan().all()
     assert torch.equal(values[:, :, :T].transpose(1, 2).flatten(2), qkv[..., 2 * heads * D :])
@@ -115,7 +133,7 @@ def test_scores_far_apart():
 def test_a_nan_among_the_keys_reaches_all_that_see_it_and_no_other(where, bits):
     qkv, *_ = make(2, 40, 2, 16, False)
     qkv.view(torch.int32)[1, where, 32 + 3] = bits  # a key of the first head
-    y = ops.attention(qkv, 2, None, None, False).view(2, 40, 2, 16)
+    y = ops.attention(qkv, 2, None, None, False, None).view(2, 40, 2, 16)
     seen = torch.zeros_like(y, dtype=torch.bool)
     seen[1, where:, 0] = True
     assert torch.equal(y.isnan(), seen)
@@ -124,9 +142,9 @@ def test_a_nan_among_the_keys_reaches_all_that_see_it_and_no_other(where, bits):
 def test_the_past_is_bitwise_the_same_whatever_follows():
     qkv, *_ = make(2, 70, 2, 16, True)
     cos, sin = angles(70, 16)
-    whole = ops.attention(qkv, 2, cos, sin, True)
+    whole = ops.attention(qkv, 2, cos, sin, True, None)
     for T in (1, 5, 33, 64):
-        part = ops.attention(qkv[:, :T], 2, cos[:T], sin[:T], True)
+        part = ops.attention(qkv[:, :T], 2, cos[:T], sin[:T], True, None)
         assert torch.equal(part, whole[:, :T])
 
 
@@ -135,23 +153,25 @@ def test_does_not_depend_on_the_number_of_threads_or_the_strides():
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(both(qkv, g, 3, cos, sin, True, kan_kernels.attention))
+        results.append(both(qkv, g, 3, cos, sin, True, kan_kernels.attention, make_gain(3)))
     strided = qkv.transpose(0, 2).contiguous().transpose(0, 2), g.transpose(0, 1).contiguous().transpose(0, 1)
-    results.append(both(*strided, 3, cos, sin, True, kan_kernels.attention))
-    for y, grad in results[1:]:
-        assert torch.equal(y, results[0][0]) and torch.equal(grad, results[0][1])
+    results.append(both(*strided, 3, cos, sin, True, kan_kernels.attention, make_gain(3)))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
-@pytest.mark.parametrize("turned, qk_norm", [(False, False), (True, True)])
-def test_well_formed_operators(turned, qk_norm):
+@pytest.mark.parametrize("turned, qk_norm, gained", [(False, False, False), (True, True, False), (True, True, True)])
+def test_well_formed_operators(turned, qk_norm, gained):
     qkv, g, *rotation = make(2, 9, 2, 6, turned)
-    torch.library.opcheck(ops.attention.default, (qkv.clone().requires_grad_(), 2, *rotation, qk_norm))
-    torch.library.opcheck(ops.attention_backward.default, (g, qkv, 2, *rotation, qk_norm))
+    gain = make_gain(2).requires_grad_() if gained else None
+    torch.library.opcheck(ops.attention.default, (qkv.clone().requires_grad_(), 2, *rotation, qk_norm, gain))
+    gain = gain if gain is None else gain.detach()
+    torch.library.opcheck(ops.attention_backward.default, (g, qkv, 2, *rotation, qk_norm, gain))
 
 
 def test_well_formed_with_a_past():
     qkv, _, cos, sin = make(2, 3, 2, 6, True)
-    arguments = (qkv, 2, cos, sin, True, *torch.zeros(2, 2, 2, 7, 6), 4)
+    arguments = (qkv, 2, cos, sin, True, make_gain(2), *torch.zeros(2, 2, 2, 7, 6), 4)
     torch.library.opcheck(ops.attention_cached.default, arguments)
 
 
@@ -182,14 +202,16 @@ def test_no_second_derivatives():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((torch.zeros(2, 3, 12), 5, None, None, False), r"qkv must be \(B, T, 3 \* heads \* D\)"),
-        ((torch.zeros(2, 12), 2, None, None, False), r"qkv must be \(B, T, 3 \* heads \* D\)"),
-        ((torch.zeros(2, 3, 12).double(), 2, None, None, False), "in float32, got .* heads = 2"),
-        ((torch.zeros(2, 3, 12), 2, *angles(4, 2), False), r"cos and sin must be \(3, 2\)"),
-        ((torch.zeros(2, 3, 9), 1, torch.zeros(3, 3), torch.zeros(3, 3), False), "D even"),
-        ((torch.zeros(2, 3, 12), 2, *torch.zeros(2, 3, 2).double(), False), "got .* in Double"),
-        ((torch.zeros(2, 3, 12), 2, *torch.zeros(2, 3, 2, requires_grad=True), False), "no gradients; detach"),
-        ((torch.zeros(2, 3, 12), 2, torch.zeros(3, 2), None, False), "come together"),
+        ((torch.zeros(2, 3, 12), 5, None, None, False, None), r"qkv must be \(B, T, 3 \* heads \* D\)"),
+        ((torch.zeros(2, 12), 2, None, None, False, None), r"qkv must be \(B, T, 3 \* heads \* D\)"),
+        ((torch.zeros(2, 3, 12).double(), 2, None, None, False, None), "in float32, got .* heads = 2"),
+        ((torch.zeros(2, 3, 12), 2, *angles(4, 2), False, None), r"cos and sin must be \(3, 2\)"),
+        ((torch.zeros(2, 3, 9), 1, torch.zeros(3, 3), torch.zeros(3, 3), False, None), "D even"),
+        ((torch.zeros(2, 3, 12), 2, *torch.zeros(2, 3, 2).double(), False, None), "got .* in Double"),
+        ((torch.zeros(2, 3, 12), 2, *torch.zeros(2, 3, 2, requires_grad=True), False, None), "no gradients; detach"),
+        ((torch.zeros(2, 3, 12), 2, torch.zeros(3, 2), None, False, None), "come together"),
+        ((torch.zeros(2, 3, 12), 2, None, None, True, torch.ones(3)), r"gain must be \(2,\) in float32"),
+        ((torch.zeros(2, 3, 12), 2, None, None, True, torch.ones(2).double()), "gain must be .* got .* in Double"),
     ],
 )
 def test_operators_say_what_is_wrong(arguments, message):
@@ -200,8 +222,9 @@ def test_operators_say_what_is_wrong(arguments, message):
 def test_of_no_tokens():
     for shape in ((0, 5, 12), (2, 0, 12)):
         qkv, g = torch.zeros(shape), torch.zeros(*shape[:2], 4)
-        assert ops.attention(qkv, 2, None, None, False).shape == g.shape
-        assert ops.attention_backward(g, qkv, 2, None, None, False).shape == shape
+        assert ops.attention(qkv, 2, None, None, False, None).shape == g.shape
+        dqkv, dgain = ops.attention_backward(g, qkv, 2, None, None, True, torch.ones(2))
+        assert dqkv.shape == shape and torch.equal(dgain, torch.zeros(2))
 
 
 # In the GPT -----------------------------------------------------------------------------------------------------------
@@ -212,9 +235,9 @@ def config(**options):
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_gpt_computes_the_same_with_and_without(position, qk_norm, monkeypatch):
-    model, tokens = GPT(config(position=position, qk_norm=qk_norm)), torch.randint(61, (3, 41))
+@pytest.mark.parametrize("norm", [dict(), dict(qk_norm=True), dict(qk_norm=True, qk_gain=1.5)])
+def test_the_gpt_computes_the_same_with_and_without(position, norm, monkeypatch):
+    model, tokens = GPT(config(position=position, **norm)), torch.randint(61, (3, 41))
     results, calls = [], []
     monkeypatch.setattr(
         kan_kernels, "attention", lambda *a, real=kan_kernels.attention, **k: calls.append(a) or real(*a, **k)
@@ -231,9 +254,9 @@ def test_the_gpt_computes_the_same_with_and_without(position, qk_norm, monkeypat
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_cache_holds_the_same_with_and_without(position, qk_norm, monkeypatch):
-    settings = config(position=position, qk_norm=qk_norm)
+@pytest.mark.parametrize("norm", [dict(), dict(qk_norm=True), dict(qk_norm=True, qk_gain=1.5)])
+def test_a_cache_holds_the_same_with_and_without(position, norm, monkeypatch):
+    settings = config(position=position, **norm)
     model, tokens, results = GPT(settings), torch.randint(61, (3, 40)), []
     for available in (True, False):
         monkeypatch.setattr(kan_kernels, "available", lambda answer=available: answer)
@@ -273,7 +296,7 @@ def test_turned_as_model_py_turns():
     qkv, _, cos, sin = make(2, 9, 2, 8, True)
     q, k, v = qkv.view(2, 9, 3, 2, 8).permute(2, 0, 3, 1, 4)
     turned = torch.stack((rotate(q, cos, sin), rotate(k, cos, sin), v)).permute(1, 3, 0, 2, 4).reshape(qkv.shape)
-    got, want = ops.attention(qkv, 2, cos, sin, False), ops.attention(turned, 2, None, None, False)
+    got, want = ops.attention(qkv, 2, cos, sin, False, None), ops.attention(turned, 2, None, None, False, None)
     torch.testing.assert_close(got, want)
 
 

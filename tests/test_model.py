@@ -11,7 +11,9 @@ from model import GPT, GPTConfig, KVCache, count, match_parameters, pick
 SMALL = GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16, position="learned")
 CPU_RECIPE = GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, position="learned")
 KINDS = ["kan", "gelu", "relu2", "swiglu"]
-MODERN = dict(position="rope", norm="rmsnorm", qk_norm=True, zero_init=True, logit_softcap=15.0, tie_head=False)
+MODERN = dict(
+    position="rope", norm="rmsnorm", qk_norm=True, qk_gain=2.0, zero_init=True, logit_softcap=15.0, tie_head=False
+)
 VARIANTS = [
     *(replace(SMALL, mlp=mlp) for mlp in KINDS),
     replace(SMALL, kan_hidden=24),
@@ -81,6 +83,8 @@ def test_initialisation_by_name():
     assert (state["transformer.h.0.ln_1.weight"] == 1).all()
     zero = dict(GPT(replace(SMALL, mlp="gelu", zero_init=True)).named_parameters())
     assert all((p == 0).all() for name, p in zero.items() if "c_proj" in name)
+    gained = GPT(replace(SMALL, qk_norm=True, qk_gain=2.0)).transformer.h[0].attn.q_gain
+    assert torch.equal(gained, torch.full((SMALL.n_head,), 2.0))
     kan = GPT(replace(SMALL, kan_hidden=24))
     assert (kan.transformer.h[0].mlp.proj.kan_weight == 0).all() and (kan.transformer.h[0].mlp.fc.kan_weight != 0).any()
     scaled = GPT(replace(SMALL, kan_init="random_normal", n_embd=512, n_head=2)).transformer.h[0].mlp.proj
@@ -236,6 +240,8 @@ def test_sampling_options_out_of_range(options, message):
         (dict(dropout=1.0), "dropout must be"),
         (dict(position="rope", n_head=16), "rope needs even heads"),
         (dict(kan_hidden=-1), "kan_hidden must be at least 0, got -1"),
+        (dict(qk_gain=2.0), "qk_gain must be at least 0, and needs qk_norm, got 2.0, qk_norm = False"),
+        (dict(qk_gain=-1.0, qk_norm=True), "qk_gain must be at least 0"),
     ],
 )
 def test_configuration_errors(options, message):

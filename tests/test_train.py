@@ -254,7 +254,11 @@ def test_an_earlier_run_is_moved_aside(tiny, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(mlp="swiglu"), dict(kan_gate=True), dict(kan_hidden=8, position="learned", qk_norm=True, norm="rmsnorm")],
+    [
+        dict(mlp="swiglu"),
+        dict(kan_gate=True),
+        dict(kan_hidden=8, position="learned", qk_norm=True, qk_gain=1.0, norm="rmsnorm"),
+    ],
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_other_models_and_optimizers_learn(tiny, options, optimizer):
