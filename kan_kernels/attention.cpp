@@ -153,59 +153,78 @@ void copy_rows(const float* x, int64_t x_row, const Heads& h, float* rows) {
   }
 }
 
+// The channels of a row as numbers of type E: as vectors, if each half of them is some, or else as floats, of which GCC
+// has to be told (ivdep) that those of different rows are not the same.
+using Vectors = Types<float>::unaligned;
+INLINE float sum_of(float x) { return x; }
+
 // rows (TP, DP) = x turned, normed, and times factor; inverse (T): what each was multiplied with by its norm.
-void turn(const float* __restrict x, int64_t x_row, const Heads& h, float factor, float* __restrict rows,
-          float* inverse) {
+template <class E>
+void turn_as(const float* x, int64_t x_row, const Heads& h, float factor, float* rows, float* inverse) {
   if (!h.cos) copy_rows(x, x_row, h, rows);
   else if (h.TP > h.T || h.DP > h.D) std::fill(rows, rows + h.TP * h.DP, 0.0f);
-  const int64_t D = h.D, half = D / 2;
-  const float *__restrict c = h.cos, *__restrict s = h.sin;
+  const int64_t n = h.D * sizeof(float) / sizeof(E), half = n / 2;
+  const E *__restrict c = (const E*)h.cos, *__restrict s = (const E*)h.sin;
   for (int64_t t = 0; t < h.T; t++, x += x_row, rows += h.DP) {
+    const E* __restrict from = (const E*)x;
+    E* __restrict row = (E*)rows;
     if (c) {
+#pragma GCC ivdep
       for (int64_t d = 0; d < half; d++) {
-        rows[d] = factor * (x[d] * c[d] + x[d + half] * s[d]);
-        rows[d + half] = factor * (x[d + half] * c[d + half] + x[d] * s[d + half]);
+        row[d] = factor * (from[d] * c[d] + from[d + half] * s[d]);
+        row[d + half] = factor * (from[d + half] * c[d + half] + from[d] * s[d + half]);
       }
-      c += D, s += D;
+      c += n, s += n;
     } else {
-      for (int64_t d = 0; d < D; d++) rows[d] *= factor;
+      for (int64_t d = 0; d < n; d++) row[d] *= factor;
     }
     if (h.normed) {
-      float squares = 0;
-#pragma omp simd reduction(+ : squares)
-      for (int64_t d = 0; d < D; d++) squares += rows[d] * rows[d];
-      squares /= factor * factor * D;
-      inverse[t] = 1 / std::sqrt(squares + std::numeric_limits<float>::epsilon());
-      for (int64_t d = 0; d < D; d++) rows[d] *= inverse[t];
+      E squares = {};
+      for (int64_t d = 0; d < n; d++) squares += row[d] * row[d];
+      const float mean = sum_of(squares) / (factor * factor * h.D);
+      inverse[t] = 1 / std::sqrt(mean + std::numeric_limits<float>::epsilon());
+      for (int64_t d = 0; d < n; d++) row[d] *= inverse[t];
     }
   }
 }
+void turn(const float* x, int64_t x_row, const Heads& h, float factor, float* rows, float* inverse) {
+  const auto turn = h.D % (2 * L) ? turn_as<float> : turn_as<Vectors>;
+  turn(x, x_row, h, factor, rows, inverse);
+}
 
 // dx from the gradient of the rows that turn made, of which the factor has been taken out; dx's rows are dx_row apart.
-void turn_back(float* __restrict d_rows, const float* __restrict rows, const float* inverse, const Heads& h,
-               float factor, float* __restrict dx, int64_t dx_row) {
-  const int64_t D = h.D, half = D / 2;
-  const float *__restrict c = h.cos, *__restrict s = h.sin;
+template <class E>
+void turn_back_as(float* d_rows, const float* rows, const float* inverse, const Heads& h, float factor, float* dx,
+                  int64_t dx_row) {
+  const int64_t n = h.D * sizeof(float) / sizeof(E), half = n / 2;
+  const E *__restrict c = (const E*)h.cos, *__restrict s = (const E*)h.sin;
   for (int64_t t = 0; t < h.T; t++, d_rows += h.DP, rows += h.DP, dx += dx_row) {
+    E *__restrict d_row = (E*)d_rows, *__restrict to = (E*)dx;
     float f = factor;
     if (h.normed) {  // what is along the row is lost
-      float along = 0;
-#pragma omp simd reduction(+ : along)
-      for (int64_t d = 0; d < D; d++) along += d_rows[d] * rows[d];
-      along /= D * factor * factor;
-      for (int64_t d = 0; d < D; d++) d_rows[d] -= rows[d] * along;
+      const E* __restrict row = (const E*)rows;
+      E products = {};
+      for (int64_t d = 0; d < n; d++) products += d_row[d] * row[d];
+      const float along = sum_of(products) / (h.D * factor * factor);
+      for (int64_t d = 0; d < n; d++) d_row[d] -= row[d] * along;
       f *= inverse[t];
     }
     if (c) {
+#pragma GCC ivdep
       for (int64_t d = 0; d < half; d++) {
-        dx[d] = f * (d_rows[d] * c[d] + d_rows[d + half] * s[d + half]);
-        dx[d + half] = f * (d_rows[d + half] * c[d + half] + d_rows[d] * s[d]);
+        to[d] = f * (d_row[d] * c[d] + d_row[d + half] * s[d + half]);
+        to[d + half] = f * (d_row[d + half] * c[d + half] + d_row[d] * s[d]);
       }
-      c += D, s += D;
+      c += n, s += n;
     } else {
-      for (int64_t d = 0; d < D; d++) dx[d] = f * d_rows[d];
+      for (int64_t d = 0; d < n; d++) to[d] = f * d_row[d];
     }
   }
+}
+void turn_back(float* d_rows, const float* rows, const float* inverse, const Heads& h, float factor, float* dx,
+               int64_t dx_row) {
+  const auto turn_back = h.D % (2 * L) ? turn_back_as<float> : turn_back_as<Vectors>;
+  turn_back(d_rows, rows, inverse, h, factor, dx, dx_row);
 }
 
 // Two rows, half apart, exchange what is off the diagonal of their blocks of 2 x 2, whose sides are half.
