@@ -440,8 +440,8 @@ class Runner:
         found = [self.results["runs"].get(run.key) for run in self.tries(cell, arm)]
         if None in found:
             return None
-        losses = [math.inf if result["val_loss"] is None else result["val_loss"] for result in found] or [math.inf]
-        return self.plan.tries(cell, arm)[losses.index(min(losses))]
+        losses = [math.inf if result["val_loss"] is None else result["val_loss"] for result in found]
+        return self.plan.tries(cell, arm)[losses.index(min(losses)) if losses else 0]
 
     def compared(self, cell, arm, measure, extra, speeds):
         """The runs of one comparison, one a seed."""
@@ -552,11 +552,12 @@ def report(runner, compared):
     """The Markdown of all comparisons."""
     plan = runner.plan
     tries = sorted({len(plan.tries(cell, plan.reference)) for cell, _ in compared})
+    tries = " or ".join("1 (so not at all)" if number == 1 else str(number) for number in tries)
     parts = [
         f"# Ablation `{plan.name}`",
         f"Made by `python ablate.py {runner.options.plan}`. Validation loss in nats per token: the mean over seeds ± "
         f"its standard error; a difference within two is a tie. Every arm of a cell was tuned in as many runs, "
-        f"{' or '.join(map(str, tries))}, with the first seed, which is one of those counted, and the reference's "
+        f"{tries}, with the first seed, which is one of those counted, and the reference's "
         f"steps. Errors are of unpaired means: of equal arms, two standard errors call one in eight different where "
         f"there are three seeds. ms: a training step with --threads={runner.threads}, alone on the machine: the "
         f"reference's median over {TURNS} turns, the others' by the median of their ratios to it turn by turn. "

@@ -221,6 +221,17 @@ def test_a_cell_may_have_some_of_the_arms_and_tries_of_its_own(plan, tmp_path):
     assert [run.options["table_learning_rate"] for run in runner.tries("all", "kan")] == [1e-3, 1e-2]
 
 
+def test_a_single_try_needs_no_run_of_its_own(plan, tmp_path):
+    cell = (
+        '[cells.few]\narms = ["relu2", "kan"]\ntries.relu2 = [{learning_rate = 2e-3}]\ntries.kan = [{}]\n\n[arms.relu2]'
+    )
+    path = plan(("[arms.relu2]", cell))
+    runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(tmp_path)))
+    assert runner.tries("few", "relu2") == [] and runner.chosen("few", "relu2") == {"learning_rate": 2e-3}
+    runs = runner.compared("few", "relu2", "tokens", runner.chosen("few", "relu2"), None)
+    assert [(run.seed, run.options["learning_rate"]) for run in runs] == [(1, 2e-3), (2, 2e-3)]
+
+
 @pytest.fixture
 def made_up(monkeypatch):
     """Steps take a millisecond, losses are the learning rate's, and nothing is trained."""
