@@ -469,10 +469,10 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& g_, const Tensor& qk
                   g.scalar_type() == at::kFloat,
               "attention_backward: g must be (", h.B, ", ", h.T, ", ", h.H * h.D, ") in float32, got ", g.sizes());
   Tensor d = at::empty(qkv.sizes(), qkv.options());
-  Tensor parts = at::zeros({gain ? h.B : 0, gain ? h.H : 0}, qkv.options());
+  Tensor dgains = gain ? at::zeros({h.B, h.H}, qkv.options()) : at::empty({0}, qkv.options());
   if (d.numel())
-    backward(h, g.const_data_ptr<float>(), qkv.const_data_ptr<float>(), d.data_ptr<float>(), parts.data_ptr<float>());
-  return {d, parts.sum(0)};
+    backward(h, g.const_data_ptr<float>(), qkv.const_data_ptr<float>(), d.data_ptr<float>(), dgains.data_ptr<float>());
+  return {d, gain ? dgains.sum(0) : dgains};
 }
 
 TORCH_LIBRARY_FRAGMENT(splinegpt_cpu, m) {
