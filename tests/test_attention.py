@@ -18,7 +18,7 @@ def angles(T, D):
 
 
 def reference(qkv, heads, cos, sin, qk_norm, gain=None):
-    """As the definition reads, in float64. gain: (heads,), or one for every token, (B, heads, T)."""
+    """As the definition reads, in float64. gain: (heads,), or one for every number, (B, heads, T, D)."""
     B, T, _ = qkv.shape
     q, k, v = qkv.double().view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
     if cos is not None:
@@ -26,7 +26,7 @@ def reference(qkv, heads, cos, sin, qk_norm, gain=None):
     if qk_norm:
         q, k = (F.rms_norm(x, x.shape[-1:], eps=torch.finfo(torch.float32).eps) for x in (q, k))
     if gain is not None:
-        q = q * (gain[:, None] if gain.dim() == 1 else gain).double()[..., None]
+        q = q * (gain[:, None, None] if gain.dim() == 1 else gain).double()
     scores = q @ k.mT / q.shape[-1] ** 0.5
     hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
     return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1)
@@ -39,8 +39,8 @@ def make(B, T, heads, D, turned, seed=0, scale=1.0):
 
 
 def make_gain(heads, seed=0):
-    """Around 2, the last of them 0, where there are some."""
-    gain = 2 + torch.randn(heads, generator=torch.Generator().manual_seed(seed))
+    """From -1 to 1, so that scores stay as they are or become smaller; the last of them 0, where there are some."""
+    gain = 1 - 2 * torch.rand(heads, generator=torch.Generator().manual_seed(seed))
     gain[1:][-1:] = 0
     return gain
 
@@ -83,15 +83,17 @@ def test_any_shape_matches_the_reference(B, T, heads, half, odd, turned, qk_norm
     torch.set_num_threads(threads)
     gain = make_gain(heads, seed) if gained else None
     got = both(qkv, g, heads, *rotation, qk_norm, kan_kernels.attention, gain)
-    every = gain[:, None].expand(B, heads, T) if gained else None
+    every = gain[:, None, None].expand(B, heads, T, D) if gained else None
     want = both(qkv, g, heads, *rotation, qk_norm, reference, every)
     # Scores of scale 4 are sums of terms up to some hundred, whose rounding the softmax passes on. Of few channels with
     # QK-norm next to nothing is left of a gradient, and its rounding is as large as before.
     tolerance = 2e-6 * (max(1.0, scale) ** 2 if not qk_norm else 10 if D < 8 else 1)
     for a, b in zip(got[:2], want[:2], strict=True):
         assert (a - b).abs().max() <= tolerance * b.abs().max(), (a - b).abs().max() / b.abs().max()
-    for a, b in zip(got[2:], want[2:], strict=True):  # a gain's gradient: what tokens add up to, and may cancel
-        error, most = (a - b.sum((0, 2))).abs().max(), b.abs().sum((0, 2)).max()
+    for a, b in zip(
+        got[2:], want[2:], strict=True
+    ):  # a gain's gradient: what all its numbers add up to, and may cancel
+        error, most = (a - b.sum((0, 2, 3))).abs().max(), b.abs().sum((0, 2, 3)).max()
         assert error <= tolerance * most, error / most
 
 
