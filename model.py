@@ -42,7 +42,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.qk_norm = config.qk_norm
-        # Products of two normed vectors, over sqrt(D), are at most sqrt(D): for a small head too little to single one out.
+        # Products of two normed vectors, over sqrt(D), are at most sqrt(D): too little where heads are small.
         self.q_gain = nn.Parameter(torch.empty(config.n_head)) if config.qk_gain else None
 
     def forward(self, x, rotation=None, cache=None):
