@@ -218,9 +218,14 @@ def spline(x, table, spline_width, rounded=False):
     return torch.ops.splinegpt_cpu.spline(x, table, spline_width, rounded)
 
 
+@torch.compiler.assume_constant_result  # torch 2.11's Dynamo takes the question itself for true, exporting or not
+def exporting():
+    return torch.compiler.is_exporting()
+
+
 def in_place_of_pytorch(x):
     """Whether a kernel may stand for PyTorch's operators: on a CPU, outside torch.func, and not to be exported."""
-    if x.device.type != "cpu" or torch._C._are_functorch_transforms_active() or torch.compiler.is_exporting():
+    if x.device.type != "cpu" or torch._C._are_functorch_transforms_active() or exporting():
         return False
     return available()
 

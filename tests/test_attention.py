@@ -320,10 +320,11 @@ def test_turned_as_model_py_turns():
 
 
 def test_compiles_as_one_graph():
-    model, tokens, graphs = GPT(config()), torch.randint(61, (2, 20)), []
+    model, tokens, graphs = GPT(config(mlp="kan", kan_parameterization="whitened")), torch.randint(61, (2, 20)), []
     watched = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     watched(tokens, tokens)
-    assert str(graphs[0].graph).count("splinegpt_cpu.attention") == 2
+    for operator in ("attention", "change_basis"):
+        assert str(graphs[0].graph).count(f"splinegpt_cpu.{operator}") == 2
     compiled, results = torch.compile(model, fullgraph=True, backend="aot_eager"), []
     for forward in (model, compiled):
         model.zero_grad()
