@@ -330,8 +330,8 @@ class GPT(nn.Module):
             logits = self.config.logit_softcap * torch.tanh(logits.float() / self.config.logit_softcap)
         if targets is None:
             return logits[..., : self.config.vocab_size].float(), None
-        # float() here and not above: returned, all logits would be in memory in float32 too, 3.3 GB for gpt2_124m
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        # This turns them to float32; above, all of those would be returned and in memory too, 3.3 GB for gpt2_124m
+        return logits, kan_kernels.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     # ------------------------------------------------------------------------------------------------------------------
     # What it consists of and what it costs

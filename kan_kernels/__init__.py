@@ -1,8 +1,8 @@
 """The project's own kernels: for CPUs those here, and for CUDA gpu.py, in Triton.
 
-spline.cpp, the layer, and attention.cpp are built where they run, on first use (half a minute, once) or ahead of it
-with `python -m kan_kernels`, and kept in $SPLINEGPT_CACHE, by default ~/.cache/splinegpt, under a name that goes by the
-sources, the compiler, the CPU and PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX names.
+spline.cpp, the layer, attention.cpp and loss.cpp are built where they run, on first use (half a minute, once) or ahead
+of it with `python -m kan_kernels`, and kept in $SPLINEGPT_CACHE, by default ~/.cache/splinegpt, under a name that goes
+by the sources, the compiler, the CPU and PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX names.
 $SPLINEGPT_MARCH is the compiler's -march, if it should be another than native (x86-64-v3: any CPU with AVX2).
 
     spline(x, table, spline_width, rounded=False) -> y
@@ -17,6 +17,10 @@ of qkv (B, T, 3 C), one after the other what the heads of q, k and v have, and y
 model.py says in PyTorch's operators, rotary positions by cos and sin (T, C / heads), QK-norm and gains of q, (heads,),
 included; gradients are of qkv and gain. With past, a cache's (keys, values, start), of (B, heads, S, C / heads) both,
 qkv's tokens follow the start that it holds, and are added to it; there is no gradient.
+
+    cross_entropy(logits, targets) -> loss
+
+the mean over logits (M, V) and targets (M,) in nats, as torch.nn.functional has it, for less memory.
 """
 
 import concurrent.futures
@@ -35,9 +39,10 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / f"{name}.cpp" for name in ("spline", "autograd", "attention")]  # the slowest first
+SOURCES = [FOLDER / f"{name}.cpp" for name in ("spline", "autograd", "attention", "loss")]  # the slowest first
 HEADER = FOLDER / "vectors.h"
 # Products and sums may be fused, errno and floating-point traps are nobody's concern; NaN and infinities are kept.
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp"]
@@ -163,13 +168,22 @@ def load():
     def _(g, qkv, heads, cos, sin, qk_norm, gain):
         return qkv.new_empty(qkv.shape), qkv.new_empty(0 if gain is None else heads)
 
+    @torch.library.register_fake("splinegpt_cpu::cross_entropy")
+    def _(logits, targets):
+        return logits.new_empty(()), logits.new_empty(targets.shape)
+
+    @torch.library.register_fake("splinegpt_cpu::cross_entropy_backward")
+    def _(g, logits, targets, lse):
+        return logits.new_empty(logits.shape)
+
     def twice(ctx, *_):
         raise RuntimeError(
-            "the C++ kernels have no second derivatives; the layer with impl='dense' has, and attention in float64"
+            "the C++ kernels have no second derivatives; the layer with impl='dense' has, attention and loss in float64"
         )
 
     torch.library.register_autograd("splinegpt_cpu::spline_backward", twice)
     torch.library.register_autograd("splinegpt_cpu::attention_backward", twice)
+    torch.library.register_autograd("splinegpt_cpu::cross_entropy_backward", twice)
     return None
 
 
@@ -256,3 +270,10 @@ def attention(qkv, heads, cos=None, sin=None, qk_norm=False, gain=None, past=Non
     if past is not None:
         return torch.ops.splinegpt_cpu.attention_cached(qkv, heads, cos, sin, qk_norm, gain, *past)
     return torch.ops.splinegpt_cpu.attention(qkv, heads, cos, sin, qk_norm, gain)
+
+
+def cross_entropy(logits, targets):
+    """torch.nn.functional.cross_entropy of logits (M, V), in float32 whatever they are in, and targets (M,)."""
+    if logits.dtype != torch.float64 and not torch.compiler.is_compiling() and in_place_of_pytorch(logits):
+        return torch.ops.splinegpt_cpu.cross_entropy(logits.float(), targets)[0]
+    return F.cross_entropy(logits.float(), targets)

@@ -87,32 +87,6 @@ __attribute__((noinline)) void product(int64_t n, int64_t width, const float* a,
 // ---------------------------------------------------------------------------------------------------------------------
 // The softmax of a row
 
-template <int half, size_t... I> INLINE V swapped(V v, std::index_sequence<I...>) {
-  return __builtin_shufflevector(v, v, (I ^ half)...);
-}
-// All numbers of a vector as one: op of a half and the other, until one is left.
-template <int half = L / 2, class Op> INLINE float reduce(V v, Op op) {
-  if constexpr (half == 0) return v[0];
-  else return reduce<half / 2>(op(v, swapped<half>(v, std::make_index_sequence<L>())), op);
-}
-INLINE float sum_of(V v) {
-  return reduce(v, [](V a, V b) { return a + b; });
-}
-
-// exp(x) for x <= 0, 0 below -87. NaN stays NaN.
-INLINE V exp_of(V x) {
-  using Ints = Types<float>::ints;
-  // Adding 1.5 * 2^23 rounds to a whole number n; with 127 more, the lowest bits are those of 2^n's exponent.
-  const V lowest = broadcast(-87.0f), magic = broadcast(12582912.0f + 127);
-  const V y = x < lowest ? lowest : x;
-  const V shifted = y * 1.44269504f + magic, n = shifted - magic;
-  const V r = y - n * 0.693145752f - n * 1.42860677e-6f;  // log 2 in two parts, of which the first times n is exact
-  V p = broadcast(1.0f / 5040);
-  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-  p *= (V)((Ints)shifted << 23);  // 2^n
-  return x < lowest ? V{} : p;
-}
-
 // row[j] = exp(row[j] - the largest) for j <= i, and 0 beyond, up to width, which is above i; returns their sum.
 INLINE float exponentials(float* row, int64_t i, int64_t width) {
   V most = broadcast(-std::numeric_limits<float>::infinity());
@@ -124,7 +98,7 @@ INLINE float exponentials(float* row, int64_t i, int64_t width) {
     if (j + L > i + 1) store(row + j, v = number <= (int32_t)(i - j) ? v : none);
     most = v > most ? v : most;
   }
-  const float largest = reduce(most, [](V a, V b) { return a > b ? a : b; });
+  const float largest = largest_of(most);
   V sum = {};
   for (int64_t j = 0; j < width; j += L) {
     const V e = exp_of(load<float>(row + j) - largest);
@@ -156,7 +130,6 @@ void copy_rows(const float* x, int64_t x_row, const Heads& h, float* rows) {
 // The channels of a row as numbers of type E: as vectors, if each half of them is some, or else as floats, of which GCC
 // has to be told (ivdep) that those of different rows are not the same.
 using Vectors = Types<float>::unaligned;
-INLINE float sum_of(float x) { return x; }
 
 // rows (TP, DP) = x turned, normed, and times factor; inverse (T): what each was multiplied with by its norm.
 template <class E>

@@ -90,6 +90,25 @@ struct Attention : torch::autograd::Function<Attention> {
   }
 };
 
+struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& targets) {
+    static const auto cross_entropy =
+        find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&)>("splinegpt_cpu::cross_entropy");
+    Below below;
+    auto [loss, lse] = cross_entropy.call(logits, targets);
+    ctx->save_for_backward({logits, targets, lse});
+    ctx->mark_non_differentiable({lse});
+    return {loss, lse};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list g) {
+    static const auto backward = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+        "splinegpt_cpu::cross_entropy_backward");
+    const auto saved = ctx->get_saved_variables();
+    const auto below = below_unless_wanted();
+    return {backward.call(g[0], saved[0], saved[1], saved[2]), Tensor()};
+  }
+};
+
 TORCH_LIBRARY_IMPL(splinegpt_cpu, Autograd, m) {
   m.impl("spline", [](const Tensor& x, const Tensor& table, double width, bool rounded) {
     return Spline::apply(x, table, width, rounded);
@@ -103,6 +122,10 @@ TORCH_LIBRARY_IMPL(splinegpt_cpu, Autograd, m) {
     TORCH_CHECK(!(cos && cos->requires_grad()) && !(sin && sin->requires_grad()),
                 "attention: cos and sin have no gradients; detach() them");
     return Attention::apply(qkv, heads, cos, sin, qk_norm, gain);
+  });
+  m.impl("cross_entropy", [](const Tensor& logits, const Tensor& targets) {
+    const auto both = CrossEntropy::apply(logits, targets);
+    return std::make_tuple(both[0], both[1]);
   });
 }
 

@@ -1,4 +1,5 @@
-// Vectors of GCC and Clang, 64 bytes wide with AVX-512, 32 with AVX2, else 16; working memory; how many threads.
+// Vectors of GCC and Clang, 64 bytes wide with AVX-512, 32 with AVX2, else 16, and their exponentials; working memory;
+// how many threads.
 #pragma once
 #include <ATen/Parallel.h>
 #include <sys/mman.h>
@@ -56,6 +57,36 @@ template <class S, class T> INLINE vec<S> load(const T* p) {
     typedef uint32_t whole __attribute__((vector_size(VECTOR_BYTES)));
     return (vec<S>)(__builtin_convertvector(*(const half*)p, whole) << 16);
   }
+}
+
+// All numbers of a vector as one: op of a half and the other, until one is left.
+template <int half, size_t... I> INLINE vec<float> swapped(vec<float> v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, (I ^ half)...);
+}
+template <int half = lanes<float> / 2, class Op> INLINE float reduce(vec<float> v, Op op) {
+  if constexpr (half == 0) return v[0];
+  else return reduce<half / 2>(op(v, swapped<half>(v, std::make_index_sequence<lanes<float>>())), op);
+}
+INLINE float sum_of(vec<float> v) {
+  return reduce(v, [](auto a, auto b) { return a + b; });
+}
+INLINE float sum_of(float x) { return x; }
+INLINE float largest_of(vec<float> v) {
+  return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// exp(x) for x <= 0, 0 below -87. NaN stays NaN.
+INLINE vec<float> exp_of(vec<float> x) {
+  using V = vec<float>;
+  // Adding 1.5 * 2^23 rounds to a whole number n; with 127 more, the lowest bits are those of 2^n's exponent.
+  const V lowest = broadcast(-87.0f), magic = broadcast(12582912.0f + 127);
+  const V y = x < lowest ? lowest : x;
+  const V shifted = y * 1.44269504f + magic, n = shifted - magic;
+  const V r = y - n * 0.693145752f - n * 1.42860677e-6f;  // log 2 in two parts, of which the first times n is exact
+  V p = broadcast(1.0f / 5040);
+  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  p *= (V)((Types<float>::ints)shifted << 23);  // 2^n
+  return x < lowest ? V{} : p;
 }
 
 // Past the caches: what is written once and read much later should not push out what is in use. p must be aligned.
