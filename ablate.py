@@ -538,12 +538,15 @@ def comparisons(runner):
 def against_text(plan, where, row, rows):
     """The row against the best of the baselines, which are among rows, the arms of the comparison where."""
     best = best_baseline(plan, rows)
-    if best is None or row is best or row.arm in plan.baselines:
-        return "the best baseline" if row is best else ""
-    d, error, verdict = difference(row, best)
+    if best is None or (row.arm in plan.baselines and row is not best):
+        return ""
     (cell, measure), made = where, {other.arm: len(other.runs) for other in rows}
     needed = [name for name, arm in plan.arms_of(cell).items() if name in plan.baselines and measure in arm.equal]
-    if any(made.get(name) != len(plan.seeds) for name in [row.arm, *needed]):
+    missing = any(made.get(name) != len(plan.seeds) for name in [row.arm, *needed])
+    if row is best:
+        return "the best baseline" + (", but runs are missing" if missing else "")
+    d, error, verdict = difference(row, best)
+    if missing:
         verdict = "runs are missing"
     return f"{d:+.4f}" + (f" ± {error:.4f}, {verdict}" if error is not None else "")
 

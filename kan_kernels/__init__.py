@@ -2,8 +2,8 @@
 
 spline.cpp, the layer, attention.cpp and loss.cpp are built where they run, on first use (half a minute, once) or ahead
 of it with `python -m kan_kernels`, and kept in $SPLINEGPT_CACHE, by default ~/.cache/splinegpt, under a name that goes
-by the sources, the compiler, the CPU and PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX names.
-$SPLINEGPT_MARCH is the compiler's -march, if it should be another than native (x86-64-v3: any CPU with AVX2).
+by the sources, the compiler, the CPU and PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX
+names. $SPLINEGPT_MARCH is the compiler's -march, if it should be another than native (x86-64-v3: any CPU with AVX2).
 
     spline(x, table, spline_width, rounded=False) -> y
 

@@ -180,16 +180,21 @@ def test_no_verdict_while_runs_are_missing(finished):
     path, folder, _ = finished
     runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(folder), jobs=2))
 
-    def said():
-        rows = {row.arm: row for row in ablate.rows_of(runner, "all", "tokens")}
-        return ablate.against_text(runner.plan, ("all", "tokens"), rows["kan"], rows.values())
+    def said_of_all():
+        rows = ablate.rows_of(runner, "all", "tokens")
+        return {row.arm: ablate.against_text(runner.plan, ("all", "tokens"), row, rows) for row in rows}
 
-    assert said().endswith((", tie", ", lower", ", higher"))
+    def said():
+        return said_of_all()["kan"]
+
+    assert said().endswith((", tie", ", lower", ", higher")) and "the best baseline" in said_of_all().values()
     made = dict(runner.results["runs"])
     for arm in ("kan", "gelu", "relu2"):  # itself, and every baseline, whether it is the best or not
         gone = next(key for key, run in made.items() if run["arm"] == arm and run["seed"] == 2)
         runner.results["runs"] = {key: run for key, run in made.items() if key != gone}
         assert said().endswith(", runs are missing") or "±" not in said()
+        if arm != "kan":
+            assert "the best baseline, but runs are missing" in said_of_all().values()
         if arm == "gelu":
             tried = [run.key for run in runner.tries("all", "gelu")]
             runner.results["runs"] = {key: run for key, run in made.items() if key not in tried}
