@@ -275,7 +275,7 @@ def attention(qkv, heads, cos=None, sin=None, qk_norm=False, gain=None, past=Non
 def cross_entropy(logits, targets):
     """torch.nn.functional.cross_entropy of logits (M, V), in float32 whatever they are in, and targets (M,).
 
-    When compiling it is PyTorch's own, which the compiler fuses.
+    When compiling it is PyTorch's own, which the compiler fuses, and of float64, where it has second derivatives.
     """
     if logits.dtype != torch.float64 and not torch.compiler.is_compiling() and in_place_of_pytorch(logits):
         return torch.ops.splinegpt_cpu.cross_entropy(logits.float(), targets)[0]
