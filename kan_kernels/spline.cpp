@@ -20,11 +20,11 @@ stay in registers, so that one load of g = dL/dy serves all three gradients:
 
     S[i] = sum g    U[i] = sum t * g    dC[k] = S[k] - U[k] + U[k - 1]    dx = <g, C[i + 1] - C[i]> * (N - 1) / width
 
-One pass for all three takes 32 registers. With 16, tiles are narrow, and what is done once a token and tile weighs more:
-if intervals have tokens enough, dx is made in a pass of its own, token by token, from the differences of rows (dots_of),
-and dC by pairs of features where N is small, with three sums in registers (paired_backward). The forward is by pairs up
-to a smaller N, and beyond it leaves the tokens in their order and copies rows close together, into the first-level cache
-or the second (gathered_forward).
+Where N is small and intervals have tokens enough, pairs of features take less here too: three sums stay in registers
+while g passes once for both (paired_backward), and dx is made in a pass of its own, token by token, from the differences
+of rows (dots_of). With 16 registers instead of 32 tiles are narrow, and what is done once a token and tile weighs more:
+dx has its own pass at any N, if tokens suffice. The forward, where N is too large for pairs but rows are few, leaves the
+tokens in their order and copies rows close together, into the first-level cache or the second (gathered_forward).
 
 Threads split the features: no atomics, and the result does not depend on their number. The forward's is the same for a
 given number of threads. What is saved between forward and backward is x alone.
@@ -276,13 +276,18 @@ constexpr bool ROOMY = true;  // 32 registers, else 16
 #else
 constexpr bool ROOMY = false;
 #endif
-constexpr int V_most = ROOMY ? 8 : 4;            // three registers a vector
-constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4, and rows on Zen 3
-// With 16 registers: features go in pairs up to this N, and up to that they are gathered; measured on Zen 3 with AVX2.
-constexpr int PAIRED_MOST = 13, GATHERED_MOST = 64;
+constexpr int V_most = ROOMY ? 8 : 4, V_narrow = 4;  // three registers a vector; narrow: what follows stays in the cache
+constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;      // what is prefetched; measured on Zen 4, and rows on Zen 3
+// Measured on Zen 4 with AVX-512 and on Zen 3 with AVX2: up to which N features go in pairs, forward and backward, and
+// from there to which they are gathered, so many at a time; how many tokens for each control point let the gradient of x
+// have a pass of its own.
+constexpr int PAIRED_FORWARD = ROOMY ? 21 : 13, PAIRED_BACKWARD = ROOMY ? 17 : 13, GATHERED_MOST = ROOMY ? 40 : 64;
+constexpr int GATHERED_AT_ONCE = 8, TOKENS_FOR_TWO = ROOMY ? 40 : 24;
 
-template <int to_write = 0, class T> INLINE void prefetch_row(const T* row, int width) {
-  for (int o = 0; o < width; o += 64 / sizeof(T)) __builtin_prefetch(row + o, to_write);
+// V vectors, `ahead` numbers further on.
+template <int V, int to_write = 0, class T> INLINE void prefetch_row(const T* row, int64_t ahead) {
+  constexpr int line = 64 / sizeof(T), L = VECTOR_BYTES / sizeof(T);
+  UNROLL for (int o = 0; o < V * L; o += line) __builtin_prefetch(row + ahead + o, to_write);
 }
 
 // Rows of a tile of outputs, W wide, copied close together as S; what lies beyond O is zero.
@@ -290,7 +295,7 @@ template <class S, class T, int V>
 INLINE void pack(const T* rows, int64_t count, int64_t O, int width, S* to) {
   constexpr int L = lanes<S>, W = V * L;
   for (int64_t r = 0; r < count; r++, rows += O, to += W) {
-    prefetch_row(rows + ROWS_AHEAD * O, W);
+    prefetch_row<V>(rows, ROWS_AHEAD * O);
     if (width == W) UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(to + v * L) = load<S>(rows + v * L);
     else for (int o = 0; o < W; o++) to[o] = o < width ? S(rows[o]) : S(0);
   }
@@ -343,7 +348,7 @@ void sorted_forward(const Layer<S>& layer, const T* table, int64_t f, int64_t o0
       for (int o = 0; o < 2 * W; o += 64 / sizeof(T)) __builtin_prefetch(o < W ? next + o : next + O + o - W, 0, 2);
     const S* c = inner;
     for (int i = 0; i < N - 1; i++, c += stride) {
-      if (R == 1) prefetch_row(c + ROWS_AHEAD * stride, W);
+      if (R == 1) prefetch_row<V>(c, ROWS_AHEAD * stride);
       if (start[i] == start[i + 1]) continue;
       vec<S> below[V], rise[V];
       UNROLL for (int v = 0; v < V; v++) {
@@ -352,7 +357,7 @@ void sorted_forward(const Layer<S>& layer, const T* table, int64_t f, int64_t o0
         if (R == 2) below[v] += load<S>(outer + v * L);
       }
       for (int q = start[i]; q < start[i + 1]; q++) {
-        if (ROOMY) prefetch_row<1>(y_tile + (int64_t)order[q + TOKENS_AHEAD] * W, W);
+        if (ROOMY) prefetch_row<V, 1>(y_tile, (int64_t)order[q + TOKENS_AHEAD] * W);
         S* y = y_tile + (int64_t)order[q] * W;
         const vec<S> outer_t = broadcast<S>(t[R * q]), inner_t = broadcast<S>(t[R * q + R - 1]);
         UNROLL for (int v = 0; v < V; v++) {
@@ -488,14 +493,14 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
   const int64_t limit =
       std::min(tokens_in_cache<S>(8 * L, 2, N > 32 ? 16 * N : 0), std::max<int64_t>(128, (1 << 24) / F));
   const int64_t blocks = (B + limit - 1) / limit, block = (B + blocks - 1) / blocks;
-  const bool gathered = !ROOMY && N > PAIRED_MOST && N <= GATHERED_MOST;
+  const bool gathered = N > PAIRED_FORWARD && N <= GATHERED_MOST;
   int V = 1, R = 1;
   int64_t parts = 1;
   double best = 1e300;
   for (int v : TILES)
     for (int64_t p : {1, threads})
       for (int r : {1, 2}) {
-        if ((r == 2 && (N > (ROOMY ? 32 : PAIRED_MOST) || F == 1)) || v > V_most) continue;
+        if ((r == 2 && (N > PAIRED_FORWARD || F == 1)) || v > (gathered ? V_narrow : V_most)) continue;
         const int64_t tasks = (O + v * L - 1) / (v * L) * p;
         const double n = block / double(p), M = intervals(N, r);
         const double vector = v * VECTOR_BYTES / 16;
@@ -548,8 +553,12 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
           for (int64_t f = 0; f < F; f += R, tokens++) {
             if (gathered) {
               const int count = std::min<int64_t>(L, F - f);
-              pack<S, T, V>(table + f * N * O + o0, count * N, O, std::min(W, O - o0), tile);
-              gathered_forward<S, V>(n, count, tokens->order, tokens->t, tile, y_tile);
+              for (int k = 0; k < count; k += GATHERED_AT_ONCE) {
+                const int now = std::min(GATHERED_AT_ONCE, count - k);
+                S* rows = tile + k * N * W;
+                pack<S, T, V>(table + (f + k) * N * O + o0, now * N, O, std::min(W, O - o0), rows);
+                gathered_forward<S, V>(n, now, tokens->order + k, tokens->t + k, tile, y_tile);
+              }
             } else if (R == 2 && f + 2 <= F) {
               sorted_forward<S, T, V, 2>(layer, table, f, o0, *tokens, tile, y_tile);
             } else {
@@ -586,14 +595,14 @@ void sorted_backward(int N, const S* c, int64_t c_stride, S* d, int64_t d_stride
   vec<S> carry[V];  // U of the interval below
   UNROLL for (int v = 0; v < V; v++) carry[v] = vec<S>{};
   for (int i = 0; i < N - 1; i++, c += c_stride, d += d_stride) {
-    if (at_once) prefetch_row(c + ROWS_AHEAD * c_stride, W);
+    if (at_once) prefetch_row<V>(c, ROWS_AHEAD * c_stride);
     vec<S> sum[V], weighted[V];  // S and U
     UNROLL for (int v = 0; v < V; v++) sum[v] = weighted[v] = vec<S>{};
     if (start[i] != start[i + 1]) {
       vec<S> rise[V];
       if (at_once) UNROLL for (int v = 0; v < V; v++) rise[v] = load<S>(c + c_stride + v * L) - load<S>(c + v * L);
       for (int q = start[i]; q < start[i + 1]; q++) {
-        if (ROOMY) prefetch_row(g + (int64_t)order[q + TOKENS_AHEAD] * W, W);
+        if (ROOMY) prefetch_row<V>(g, (int64_t)order[q + TOKENS_AHEAD] * W);
         const int b = order[q];
         const vec<S> ts = broadcast<S>(t[q]);
         vec<S> dot = {};
@@ -667,7 +676,7 @@ void rises_of(const T* table, const Layer<S>& layer, int64_t f, int64_t o0, S* s
   int64_t stride;
   const S* c = rows_of<S, T, V>(table, layer, f, o0, scratch, stride);
   for (int i = 0; i < layer.N - 1; i++, c += stride, rises += W) {
-    prefetch_row(c + ROWS_AHEAD * stride, W);
+    prefetch_row<V>(c, ROWS_AHEAD * stride);
     UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(rises + v * L) = load<S>(c + stride + v * L) - load<S>(c + v * L);
   }
 }
@@ -699,11 +708,12 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
   const int64_t B = layer.B, F = layer.F, O = layer.O, N = layer.N;
   const int threads = thread_count(3.0 * B * F * O);
 
+  const bool at_once = (ROOMY && N > PAIRED_BACKWARD) || B < TOKENS_FOR_TWO * N;
   int V = 1;
   double best = 1e300;
   for (int v : TILES) {
     const double cost = (O + v * L - 1) / (v * L) * (2.5 * v + 4);
-    if (v <= V_most && cost < best) best = cost, V = v;
+    if (v <= (at_once ? V_most : V_narrow) && cost < best) best = cost, V = v;
   }
   const int64_t W = V * L, tiles = (O + W - 1) / W;
   // g is copied tile by tile, n_max tokens at a time: a block of a tile stays in the second-level cache while the
@@ -713,9 +723,8 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
   const int64_t blocks_a_pass = std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(S)), 1, blocks);
   const bool aligned = O * sizeof(S) % VECTOR_BYTES == 0;
   const bool streamed = blocks == 1 && aligned && F * N * O * int64_t(sizeof(S)) >= 4 << 20;
-  const bool at_once = ROOMY || n_max < 24 * N;  // else dx gets a pass of its own; measured on Zen 3 with AVX2
-  const int R = !at_once && N <= PAIRED_MOST ? 2 : 1;
-  const int64_t FB = R * std::clamp<int64_t>(F / (4 * threads * R), 1, std::min(8, L) / R);
+  const int R = !at_once && N <= PAIRED_BACKWARD ? 2 : 1;
+  const int64_t FB = R * std::clamp<int64_t>(F / (4 * threads * R), 1, (at_once ? std::min(8, L) : L) / R);
 
   common.clear();
   S* packed = common.take<S>(blocks_a_pass * tiles * n_max * W);
@@ -799,12 +808,10 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
           }
           if (at_once)
             for (int64_t f = 0; f < fn; f++)
-              for (int64_t b = 0; b < n; b += L) {
-                const vec<S> sum = sums<S>(along + f * m + b);
-                for (int k = 0; k < L; k++) dots[(b + k) * L + f] = sum[k];
-              }
+              for (int64_t b = 0; b < n; b += L) store(dots + f * m + b, sums<S>(along + f * m + b));
           for (int64_t b = 0; b < n; b++)
-            for (int64_t f = 0; f < fn; f++) dx[(b0 + b) * F + f0 + f] = dots[b * L + f] * layer.inv;
+            for (int64_t f = 0; f < fn; f++)
+              dx[(b0 + b) * F + f0 + f] = dots[at_once ? f * m + b : b * L + f] * layer.inv;
         }
       }
     }
