@@ -22,6 +22,7 @@ import math
 import platform
 import signal
 import time
+import traceback
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -281,6 +282,11 @@ def train(config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         return _train(config, world, device)
+    except BaseException as error:
+        # The model must go before the group. Were it the last to hold the group, gloo's thread would be waited for with
+        # Python's lock held, which that thread wants for its last gradients: PyTorch 2.13 hung so, once.
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         if world.distributed:
             dist.destroy_process_group()

@@ -1,5 +1,7 @@
 """Training: configuration, exact resuming, several processes, what it writes, and what it says to mistakes."""
 
+import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -15,7 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, as_options, assert_one_line, torchrun
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import cli
@@ -718,6 +722,23 @@ def test_two_processes_stop_together(tiny):
     assert process.returncode != 0 and "stopped at step" in out
     stopped = json.loads((Path(config.out_dir) / "latest" / "config.json").read_text())["step"]
     assert 20 <= stopped < 5000 and f"stopped at step {stopped}" in out
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e30])
+def test_the_model_goes_before_the_group(tiny, monkeypatch, learning_rate):
+    """Else its Reducer, as the last to hold the group, may wait forever for gloo's thread, which waits for the GIL."""
+    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=0).items():
+        monkeypatch.setenv(name, str(value))
+    alive, destroy = [], dist.destroy_process_group
+
+    def look_and_destroy():
+        alive.append(sum(isinstance(o, DistributedDataParallel) for o in gc.get_objects()))
+        destroy()
+
+    monkeypatch.setattr(dist, "destroy_process_group", look_and_destroy)
+    with pytest.raises(FloatingPointError) if learning_rate > 1 else contextlib.nullcontext():
+        train.train(tiny(learning_rate=learning_rate))
+    assert alive == [0]
 
 
 def test_a_batch_that_does_not_divide_is_refused(script, tiny):
