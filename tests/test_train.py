@@ -732,7 +732,7 @@ def test_the_model_goes_before_the_group(tiny, monkeypatch, learning_rate):
     alive, destroy = [], dist.destroy_process_group
 
     def look_and_destroy():
-        alive.append(sum(isinstance(o, DistributedDataParallel) for o in gc.get_objects()))
+        alive.append(sum(type(o) is DistributedDataParallel for o in gc.get_objects()))
         destroy()
 
     monkeypatch.setattr(dist, "destroy_process_group", look_and_destroy)
