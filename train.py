@@ -285,7 +285,8 @@ def train(config):
     except BaseException as error:
         # The model must go before the group. Were it the last to hold the group, gloo's thread would be waited for with
         # Python's lock held, which that thread wants for its last gradients: PyTorch 2.13 hung so, once.
-        traceback.clear_frames(error.__traceback__)
+        if world.distributed:
+            traceback.clear_frames(error.__traceback__)
         raise
     finally:
         if world.distributed:

@@ -276,18 +276,18 @@ constexpr bool ROOMY = true;  // 32 registers, else 16
 #else
 constexpr bool ROOMY = false;
 #endif
-constexpr int V_most = ROOMY ? 8 : 4, V_narrow = 4;  // three registers a vector; narrow: what follows stays in the cache
-constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;      // what is prefetched; measured on Zen 4, and rows on Zen 3
+constexpr int V_most = ROOMY ? 8 : 4;            // three registers a vector
+constexpr int V_narrow = 4;                      // where rows of several features should stay in the cache
+constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4, and rows on Zen 3
 // Measured on Zen 4 with AVX-512 and on Zen 3 with AVX2: up to which N features go in pairs, forward and backward, and
 // from there to which they are gathered, so many at a time; how many tokens for each control point let the gradient of x
 // have a pass of its own.
 constexpr int PAIRED_FORWARD = ROOMY ? 21 : 13, PAIRED_BACKWARD = ROOMY ? 17 : 13, GATHERED_MOST = ROOMY ? 40 : 64;
 constexpr int GATHERED_AT_ONCE = 8, TOKENS_FOR_TWO = ROOMY ? 40 : 24;
 
-// V vectors, `ahead` numbers further on.
-template <int V, int to_write = 0, class T> INLINE void prefetch_row(const T* row, int64_t ahead) {
-  constexpr int line = 64 / sizeof(T), L = VECTOR_BYTES / sizeof(T);
-  UNROLL for (int o = 0; o < V * L; o += line) __builtin_prefetch(row + ahead + o, to_write);
+// W numbers, `ahead` numbers further on: apart, since GCC makes of a single pointer what took 8% longer at N = 128.
+template <int W, int to_write = 0, class T> INLINE void prefetch_row(const T* row, int64_t ahead) {
+  UNROLL for (int o = 0; o < W; o += 64 / sizeof(T)) __builtin_prefetch(row + ahead + o, to_write);
 }
 
 // Rows of a tile of outputs, W wide, copied close together as S; what lies beyond O is zero.
@@ -295,7 +295,7 @@ template <class S, class T, int V>
 INLINE void pack(const T* rows, int64_t count, int64_t O, int width, S* to) {
   constexpr int L = lanes<S>, W = V * L;
   for (int64_t r = 0; r < count; r++, rows += O, to += W) {
-    prefetch_row<V>(rows, ROWS_AHEAD * O);
+    prefetch_row<W>(rows, ROWS_AHEAD * O);
     if (width == W) UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(to + v * L) = load<S>(rows + v * L);
     else for (int o = 0; o < W; o++) to[o] = o < width ? S(rows[o]) : S(0);
   }
@@ -348,7 +348,7 @@ void sorted_forward(const Layer<S>& layer, const T* table, int64_t f, int64_t o0
       for (int o = 0; o < 2 * W; o += 64 / sizeof(T)) __builtin_prefetch(o < W ? next + o : next + O + o - W, 0, 2);
     const S* c = inner;
     for (int i = 0; i < N - 1; i++, c += stride) {
-      if (R == 1) prefetch_row<V>(c, ROWS_AHEAD * stride);
+      if (R == 1) prefetch_row<W>(c, ROWS_AHEAD * stride);
       if (start[i] == start[i + 1]) continue;
       vec<S> below[V], rise[V];
       UNROLL for (int v = 0; v < V; v++) {
@@ -357,7 +357,7 @@ void sorted_forward(const Layer<S>& layer, const T* table, int64_t f, int64_t o0
         if (R == 2) below[v] += load<S>(outer + v * L);
       }
       for (int q = start[i]; q < start[i + 1]; q++) {
-        if (ROOMY) prefetch_row<V, 1>(y_tile, (int64_t)order[q + TOKENS_AHEAD] * W);
+        if (ROOMY) prefetch_row<W, 1>(y_tile, (int64_t)order[q + TOKENS_AHEAD] * W);
         S* y = y_tile + (int64_t)order[q] * W;
         const vec<S> outer_t = broadcast<S>(t[R * q]), inner_t = broadcast<S>(t[R * q + R - 1]);
         UNROLL for (int v = 0; v < V; v++) {
@@ -555,7 +555,7 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
               const int count = std::min<int64_t>(L, F - f);
               for (int k = 0; k < count; k += GATHERED_AT_ONCE) {
                 const int now = std::min(GATHERED_AT_ONCE, count - k);
-                S* rows = tile + k * N * W;
+                S* rows = tile + k * N * W;  // where the offsets look for them
                 pack<S, T, V>(table + (f + k) * N * O + o0, now * N, O, std::min(W, O - o0), rows);
                 gathered_forward<S, V>(n, now, tokens->order + k, tokens->t + k, tile, y_tile);
               }
@@ -595,14 +595,14 @@ void sorted_backward(int N, const S* c, int64_t c_stride, S* d, int64_t d_stride
   vec<S> carry[V];  // U of the interval below
   UNROLL for (int v = 0; v < V; v++) carry[v] = vec<S>{};
   for (int i = 0; i < N - 1; i++, c += c_stride, d += d_stride) {
-    if (at_once) prefetch_row<V>(c, ROWS_AHEAD * c_stride);
+    if (at_once) prefetch_row<W>(c, ROWS_AHEAD * c_stride);
     vec<S> sum[V], weighted[V];  // S and U
     UNROLL for (int v = 0; v < V; v++) sum[v] = weighted[v] = vec<S>{};
     if (start[i] != start[i + 1]) {
       vec<S> rise[V];
       if (at_once) UNROLL for (int v = 0; v < V; v++) rise[v] = load<S>(c + c_stride + v * L) - load<S>(c + v * L);
       for (int q = start[i]; q < start[i + 1]; q++) {
-        if (ROOMY) prefetch_row<V>(g, (int64_t)order[q + TOKENS_AHEAD] * W);
+        if (ROOMY) prefetch_row<W>(g, (int64_t)order[q + TOKENS_AHEAD] * W);
         const int b = order[q];
         const vec<S> ts = broadcast<S>(t[q]);
         vec<S> dot = {};
@@ -676,7 +676,7 @@ void rises_of(const T* table, const Layer<S>& layer, int64_t f, int64_t o0, S* s
   int64_t stride;
   const S* c = rows_of<S, T, V>(table, layer, f, o0, scratch, stride);
   for (int i = 0; i < layer.N - 1; i++, c += stride, rises += W) {
-    prefetch_row<V>(c, ROWS_AHEAD * stride);
+    prefetch_row<W>(c, ROWS_AHEAD * stride);
     UNROLL for (int v = 0; v < V; v++) *(vec<S>*)(rises + v * L) = load<S>(c + stride + v * L) - load<S>(c + v * L);
   }
 }
@@ -724,6 +724,7 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
   const bool aligned = O * sizeof(S) % VECTOR_BYTES == 0;
   const bool streamed = blocks == 1 && aligned && F * N * O * int64_t(sizeof(S)) >= 4 << 20;
   const int R = !at_once && N <= PAIRED_BACKWARD ? 2 : 1;
+  // Features at a time: as many as a vector of dots has, or, at once, whose vectors (along) the second level holds.
   const int64_t FB = R * std::clamp<int64_t>(F / (4 * threads * R), 1, (at_once ? std::min(8, L) : L) / R);
 
   common.clear();
@@ -735,7 +736,8 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
     own.clear();
     int32_t *order = own.take<int32_t>(FB * m), *start = own.take<int32_t>(FB * M), *i = own.take<int32_t>(L * m);
     int32_t* interval = own.take<int32_t>(interval_size(n_max, intervals(N, R)));
-    S *sorted_t = own.take<S>(FB * m), *t = own.take<S>(L * m), *dots = own.take<S>(L * m);
+    S *sorted_t = own.take<S>(FB * m), *t = own.take<S>(L * m);
+    S* dots = own.take<S>(L * m);  // (FB, m) if at_once, else (m, L)
     S *tile = own.take<S>((at_once ? 1 : FB) * N * W), *d_tile = own.take<S>(R * N * W);
     S* both = R == 2 ? own.take<S>(4 * N * W) : nullptr;
     vec<S>* along = at_once ? own.take<vec<S>>(FB * m) : nullptr;
