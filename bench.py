@@ -780,8 +780,10 @@ def steps_on_cuda(options):
 
 def main(arguments):
     options = cli.parse(Options, arguments)
-    if min(options.features + options.tokens) < 1 or min(options.points) < 2:
-        raise ValueError("features and tokens must be at least 1, points at least 2")
+    for name, least in dict(features=1, tokens=1, points=2).items():
+        if min(getattr(options, name), default=0) < least:
+            got = ", ".join(map(str, getattr(options, name))) or "none"
+            raise ValueError(f"{name} must be at least {least}, got {got}")
     if options.nanogpt and not (Path(options.nanogpt) / "model.py").exists():
         raise ValueError(f"no nanoGPT in {options.nanogpt}: it has no model.py; clone github.com/karpathy/nanoGPT")
     if options.device != "cpu" and not (options.device == "cuda" and options.evaluations and torch.cuda.is_available()):

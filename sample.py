@@ -45,8 +45,9 @@ def read_prompt(options):
 
 def main(arguments):
     options = cli.parse(Options, arguments)
-    if options.num_samples < 1 or options.max_new_tokens < 1:
-        raise ValueError("num_samples and max_new_tokens must be at least 1")
+    for name in ("num_samples", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
     device = choose_device(options.device, World())
     folder = checkpoint.find(options.run)
     model, words, info = checkpoint.load_model(folder, device)

@@ -51,7 +51,8 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--points", "1"], "points at least 2"),
+        (["--points", "8", "1"], "points must be at least 2, got 8, 1"),
+        (["--tokens"], "tokens must be at least 1, got none"),
         (["--token", "8"], "unknown option --token; did you mean tokens?"),
         (["--model", "--nanogpt", "nowhere"], "no nanoGPT in nowhere"),
         (["--device", "cuda"], "device is cpu, or with --evaluations cuda where there is a GPU, got 'cuda'"),

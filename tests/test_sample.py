@@ -60,7 +60,7 @@ def test_sampling_mistakes_end_in_one_line(script, trained, tmp_path):
     assert_one_line(script("sample.py", run, "--file=none.txt"), "none.txt")
     assert_one_line(script("sample.py", run, "--prompt=7", "--temperature=-1"), "temperature must be")
     assert_one_line(script("sample.py", run, "--tempreature=1"), "did you mean temperature?")
-    assert_one_line(script("sample.py", run, "--num_samples=0"), "at least 1")
+    assert_one_line(script("sample.py", run, "--num_samples=0"), "num_samples must be at least 1, got 0")
     assert_one_line(script("sample.py", run, "--device=cuda:7"), "device cuda:7 can't be used here")
     shutil.copytree(run, tmp_path / "broken")
     (tmp_path / "broken" / "best" / "weights.safetensors").write_bytes(b"oops")
