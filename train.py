@@ -187,7 +187,8 @@ def make_optimizers(model, config, device):
     optimizers = []
     if config.optimizer == "muon":
         # Its steps scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both.
-        optimizers.append(muon.choose(device)([matrices], adjust_lr_fn="match_rms_adamw"))
+        kind = muon.CpuMuon if device.type == "cpu" else torch.optim.Muon
+        optimizers.append(kind([matrices], adjust_lr_fn="match_rms_adamw"))
     else:
         groups.append(matrices)
     fused = device.type in ("cuda", "cpu")
