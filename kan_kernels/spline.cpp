@@ -494,8 +494,8 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
       std::min(tokens_in_cache<S>(8 * L, 2, N > 32 ? 16 * N : 0), std::max<int64_t>(128, (1 << 24) / F));
   const int64_t blocks = (B + limit - 1) / limit, block = (B + blocks - 1) / blocks;
   const bool gathered = N > PAIRED_FORWARD && N <= GATHERED_MOST;
-  // Many tokens of many intervals: where the sums of the widest tiles overflow the second-level cache, their way hides all
-  // else that is done for a token, and smaller tiles are quicker (Zen 4, 4,096 tokens, from 256 outputs on: 0.77 to 0.94).
+  // Many tokens of many intervals: where the sums of the widest tiles overflow the second-level cache, their way hides
+  // all else that is done for a token, and smaller tiles are quicker (Zen 4, from 256 outputs on: 0.72 to 0.94).
   const bool overflows = ROOMY && O >= 16 * L && block > tokens_in_cache<S>(8 * L, 2, 0);
   int V = 1, R = 1;
   int64_t parts = 1;
@@ -507,8 +507,8 @@ template <class S, class T, bool paired> void forward(const Layer<S>& layer, con
         const int64_t tasks = (O + v * L - 1) / (v * L) * p;
         const double n = block / double(p), M = intervals(N, r);
         const double vector = v * VECTOR_BYTES / 16;
-        const double share = n * v * VECTOR_BYTES / second_level_cache();
-        const double token = overflows ? 2 + vector * std::max(0.0, share - 0.5) / 3 : 4 + 10 * r;
+        const double filled = n * v * VECTOR_BYTES / second_level_cache();  // how much of it
+        const double token = overflows ? 2 + vector * std::max(0.0, filled - 0.5) / 3 : 4 + 10 * r;
         const double sorting = n * token + std::min(M, n) * (1.5 * vector + 30) + r * N * 4 * vector;
         const double pass = n * vector + (gathered ? 2 * n + N * vector : sorting);
         const double cost = (tasks + threads - 1) / threads * pass / r;

@@ -68,6 +68,7 @@ def test_any_shape_matches_the_reference(B, F, N, O, dtype, width, threads, seed
         (2600, 3, 22, 40),  # gathered, several blocks of tokens
         (330, 128, 8, 1056),  # pairs, as many as go together, the gradient written past the caches
         (2600, 2, 4, 40),  # a pair, several blocks of tokens
+        (2100, 2, 130, 300),  # one by one, in smaller tiles with AVX-512, lest their sums overflow the cache
         (4500, 1, 70, 40),  # one, several blocks of tokens, the last shorter
         (1, 1, 2, 1),
     ],
