@@ -17,7 +17,7 @@ One TOML says everything:
     [arms.NAME]                     more of them: what is compared. Beside these an arm may have
     tries = [{learning_rate = 1e-3}, ...]   one run each with the first seed; the best goes on, a single one without a
                                             run. As many for every arm, and of nothing that makes a step longer
-    equal = ["seconds"]             this arm's own comparisons
+    equal = ["seconds"]             this arm's own comparisons; in these alone it may have its own batch_tokens
     equal_parameters = false        or else match_parameters makes it as large as the reference
 
 Equal tokens: max_steps for all. Equal seconds: every arm takes turns with the reference, some steps at a time, alone on
@@ -65,7 +65,8 @@ from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent
 MEASURES = ("tokens", "seconds")
-# What arms must share, for their losses to be comparable, and what tries may differ in, for a step to take as long.
+# What arms must share, for their losses to be comparable (in equal seconds alone each may have a batch of its own), and
+# what tries may differ in, for a step to take as long.
 SHARED = set("data block_size batch_tokens max_steps eval_tokens eval_interval".split())
 RATES = set("learning_rate table_learning_rate weight_decay table_weight_decay beta1 beta2 warmup_steps min_lr".split())
 WARM, TURNS, STEPS = 12, 12, 8  # of a timing: steps that don't count, turns of each arm, steps of a turn
@@ -177,8 +178,12 @@ def read_plan(path):
             for extra in plan.tries(cell, name):
                 options = plan.options(cell, name, extra)
                 cli.check_names(options, known, where)
-                if unequal := sorted(SHARED & {*arm.options, *extra}):
-                    raise ValueError(f"{where}: {unequal[0]} must be the same for all arms; set it in [base] or a cell")
+                own_batch = {"batch_tokens"} if arm.equal == ("seconds",) else set()
+                if unequal := sorted((SHARED - own_batch) & {*arm.options, *extra}):
+                    remedy = "set it in [base] or a cell"
+                    if unequal[0] == "batch_tokens":
+                        remedy += ', or compare this arm in equal = ["seconds"] alone'
+                    raise ValueError(f"{where}: {unequal[0]} must be the same for all arms; {remedy}")
                 if slow := sorted(set(extra) - RATES):
                     raise ValueError(f"{where}: tries may differ in {', '.join(sorted(RATES))}, got {slow[0]}")
                 config = make_config(options)
@@ -287,7 +292,7 @@ class Runner:
     def start(self, options, folder):
         """Start train.py, in a session of its own: Ctrl-C is ours to pass on."""
         arguments = cli.as_arguments({**options, "out_dir": str(folder)})
-        if (folder / "latest").is_dir():
+        if any((folder / name).is_dir() for name in ("latest", "latest.old")):  # see checkpoint.py
             arguments.append("--resume")
         command = [*(shlex.split(self.options.launcher) or [sys.executable]), str(ROOT / "train.py"), *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
@@ -752,7 +757,10 @@ def main(arguments):
     held = None if options.dry_run else lock(options.out)  # before the results are read
     cells, runner = options.cells or tuple(plan.cells), Runner(plan, options)
     # A shell's background jobs ignore Ctrl-C, and a terminal that closes hangs up; no process may be left behind.
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         if options.dry_run:
             return dry_run(runner, cells)

@@ -398,6 +398,8 @@ def choose_impl(device_type, num_control_points, tokens, training, dtype=torch.f
     and for float64, dense, unless so few tokens come that reading the whole table is the larger cost (estimated).
     """
     N = num_control_points
+    if torch._C._are_functorch_transforms_active():
+        return "embedding"  # slow and large, but made of what torch.func can transform
     if device_type == "cuda" and dtype != torch.float64 and kan_kernels.gpu_available():
         # tokens last, and only if need be: to torch.export and torch.compile it is a symbol, and asking is a guard
         return "triton" if N <= 512 or (not training and tokens <= few(N)) else "embedding_bag"
@@ -460,7 +462,7 @@ class KANLayer(nn.Module):
     Shapes: input (..., in_features), output (..., out_features); any leading dimensions, none or empty ones too.
     dtypes: float64, float32, bfloat16, float16. The output has the input's dtype, under autocast the autocast dtype.
         Positions and interpolation weights are computed in float32 or better; on CPUs so is the sum.
-    Second derivatives: impl "dense" and "embedding" have them, the others raise.
+    Second derivatives: impl "dense" and "embedding" have them, the others raise. In torch.func "auto" is "embedding".
     NaN and infinite inputs make all outputs of their own token NaN or infinite, and no other token's.
     Raises ValueError for a wrong last dimension, a non-floating input, N < 2, a width that is not positive and finite,
         an unknown init, impl, parameterization or density, knots that do not increase, impl "cpp" off the CPU or

@@ -450,10 +450,10 @@ def pick(logits, temperature, top_k, top_p, generator):
     """One token (B, 1) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow, however cold
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    probabilities = logits.softmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # no overflow, however cold
+    probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
     if top_p is not None:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)  # the first is always kept

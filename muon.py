@@ -37,6 +37,7 @@ def orthogonal(matrix, group):
     a, b, c = group["ns_coefficients"]
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix  # the smaller of the two products x x^T
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     # At 128 rows both types take as long: Zen 4, one thread.
     rounded = x.dtype == torch.float32 and len(x) > 128 and torch.cpu._is_avx512_bf16_supported()
     x = x.bfloat16() if rounded else x

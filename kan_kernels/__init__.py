@@ -256,13 +256,12 @@ def change_basis(matrix, p):
 
 def has_attention(qkv, past=None):
     """Whether attention() is the one to use: of float32, and up to 2,048 tokens, beyond which PyTorch's is faster
-    (Zen 3). With past not where a gradient is wanted, nor compiled."""
+    (Zen 3). With past only under no_grad or inference_mode, and not compiled."""
     if qkv.dtype != torch.float32 or qkv.shape[1] > 2048:
         return False
-    if past is not None:
-        wanted = torch.is_grad_enabled() and qkv.requires_grad
-        if wanted or past[0].dtype != qkv.dtype or torch.compiler.is_compiling():
-            return False
+    compiled = torch.compiler.is_compiling()
+    if past is not None and (compiled or torch.is_grad_enabled() or past[0].dtype != qkv.dtype):
+        return False
     return in_place_of_pytorch(qkv)
 
 

@@ -237,6 +237,13 @@ def test_a_single_try_needs_no_run_of_its_own(plan, tmp_path):
     assert [(run.seed, run.options["learning_rate"]) for run in runs] == [(1, 2e-3), (2, 2e-3)]
 
 
+def test_in_equal_seconds_alone_an_arm_may_have_its_own_batch(plan, tmp_path):
+    path = plan(("[arms.kan]", '[arms.kan]\nequal = ["seconds"]\nbatch_tokens = 256'))
+    runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(tmp_path)))
+    runs = runner.compared("all", "kan", "seconds", {}, dict(relu2=2.0, kan=3.0))
+    assert [(run.options["batch_tokens"], run.options["max_steps"]) for run in runs] == [(256, 8)] * 2
+
+
 @pytest.fixture
 def made_up(monkeypatch):
     """Steps take a millisecond, losses are the learning rate's, and nothing is trained."""
@@ -312,14 +319,20 @@ def test_several_processes_and_a_try_that_diverges(plan, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_stopped_it_goes_on_where_it_was(plan, tmp_path, number):
-    # The runs that a signal stops save, and end as if they had not been stopped.
+    # The runs that a signal stops save, and end as if they had not been stopped. Under nohup a hangup is none.
     longer = ("max_steps = 12", "max_steps = 400"), ('equal = ["tokens", "seconds"]', 'equal = ["tokens"]')
     path = plan(*longer, ("eval_interval = 6", "eval_interval = 50"))
     command = [sys.executable, str(ROOT / "ablate.py"), path, f"--out={tmp_path}", "--jobs=2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    hangup = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL if number == signal.SIGHUP else signal.SIG_IGN)
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hangup)
+    process = subprocess.Popen(command, **how)
     deadline = time.time() + 200
     while time.time() < deadline and not list(tmp_path.glob("runs/*/latest")):
         time.sleep(0.05)
+    if number != signal.SIGHUP:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert process.poll() is None
     process.send_signal(number)
     _, error = process.communicate(timeout=100)
     assert process.returncode == 130 and "the same command goes on" in error, error
@@ -327,13 +340,14 @@ def test_stopped_it_goes_on_where_it_was(plan, tmp_path, number):
     assert folders
     for folder in folders:
         assert 0 < json.loads((folder / "latest" / "config.json").read_text())["step"] < 400
+    os.rename(folders[0] / "latest", folders[0] / "latest.old")  # as a crash between two renames leaves it
     losses = []
     for out in (tmp_path, tmp_path / "fresh"):
         runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(out), jobs=2))
         (run,) = (r for arm in runner.plan.arms for r in runner.tries("all", arm) if r.key == folders[0].name)
         runner.make([run])
         losses.append(runner.results["runs"][run.key]["val_loss"])
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] and not Path(f"{folders[0]}.1").exists()  # nothing was moved aside
 
 
 @pytest.mark.parametrize(
@@ -344,7 +358,10 @@ def test_stopped_it_goes_on_where_it_was(plan, tmp_path, number):
         (("seeds = [1, 2]", "sedes = [1, 2]"), ["unknown setting sedes", "did you mean seeds?"]),
         (("seeds = [1, 2]", "seeds = 3"), ["seeds: int is not a list"]),
         (("seeds = [1, 2]", 'seeds = ["a"]'), ["seeds: item 0 of list is not an instance of int"]),
-        (("[arms.relu2]", "[arms.relu2]\nbatch_tokens = 256"), ["batch_tokens must be the same for all arms"]),
+        (
+            ("[arms.relu2]", "[arms.relu2]\nbatch_tokens = 256"),
+            ["batch_tokens must be the same for all arms", 'in equal = ["seconds"] alone'],
+        ),
         (
             ("[arms.relu2]", '[arms.relu2]\nequal_parameters = "no"'),
             ["equal_parameters: str is not"],

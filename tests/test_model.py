@@ -206,6 +206,9 @@ def test_top_k_and_top_p_keep_what_they_should():
     torch.testing.assert_close(shares(top_k=9)[3:], torch.tensor([0.05]), atol=0.02, rtol=0)
     cold = torch.tensor([0.5, 0.3, 0.15, 0.05]) ** 2
     torch.testing.assert_close(shares(temperature=0.5), cold / cold.sum(), atol=0.03, rtol=0)
+    assert torch.equal(shares(temperature=1e-46), torch.tensor([1.0, 0, 0, 0]))  # 0 in float32
+    for hot in (1e300, float("inf")):
+        torch.testing.assert_close(shares(temperature=hot, top_k=2), torch.tensor([0.5, 0.5, 0, 0]), atol=0.03, rtol=0)
 
 
 def test_padded_vocabulary_is_never_sampled():

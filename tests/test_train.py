@@ -380,6 +380,8 @@ def test_muon_iterates_as_published(shape, decades):
         want = (a * torch.eye(len(gram), dtype=torch.float64) + b * gram + c * gram @ gram) @ want
     assert (muon.orthogonal(matrix, group) - want).abs().max() < 1e-12
     assert (muon.orthogonal(matrix.float(), group) - want).abs().max() < 1e-3  # bfloat16 is 1e-2 off
+    for half in (matrix.bfloat16(), (1e4 * matrix).half()):  # of such parameters' gradients, by no less exact a way
+        assert torch.equal(muon.orthogonal(half, group), muon.orthogonal(half.float(), group))
 
 
 @pytest.mark.parametrize("has", [True, False])
