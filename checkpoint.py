@@ -157,4 +157,10 @@ def load_model(path, device="cpu"):
     load_weights(folder, model)
     for layer in model.kan_layers():
         layer.to_parameterization("bspline")
-    return model.to(device).eval(), tokenizer.from_spec(info["tokenizer"]), info
+    words = tokenizer.from_spec(info["tokenizer"])
+    if words.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{folder / 'config.json'} is damaged: its model has {config.vocab_size} tokens, its tokenizer "
+            f"{words.vocab_size}; take another checkpoint"
+        )
+    return model.to(device).eval(), words, info

@@ -18,7 +18,23 @@ WORDS = {"true": True, "false": False}
 NOT_FINITE = 3  # exit status by which ablate.py knows a run that diverged
 
 
+# What nanoGPT's options are here, where no likeness of names would lead there.
+NANOGPT = dict(
+    batch_size="batch_tokens (batch_size * block_size * gradient_accumulation_steps)",
+    gradient_accumulation_steps="batch_tokens, of a whole step, and micro_batch",
+    init_from="resume",
+    dataset="data",
+    max_iters="max_steps",
+    eval_iters="eval_tokens",
+    lr_decay_iters="decay_steps",
+    decay_lr="min_lr (1 for a constant rate)",
+    start="prompt",
+)
+
+
 def nearest(name, known):
+    if NANOGPT.get(name, "").split(" ")[0].rstrip(",") in known:
+        return f"did you mean {NANOGPT[name]}?"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
 

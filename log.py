@@ -87,10 +87,10 @@ class Log:
 
 
 def say(text):
-    """Print; a run does not die of having no one left to tell (train.py | head)."""
+    """Print; a run does not die of having no one left to tell (train.py | head), nor of a full disk to tell it to."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 
 
@@ -121,6 +121,13 @@ def move_aside(out_dir):
     """An earlier run in out_dir becomes out_dir.1, out_dir.2, ...: nothing is overwritten. Says so."""
     out = Path(out_dir)
     if any((out / name).exists() for name in ("log.jsonl", "latest", "best")):
+        own = ("latest", "best", "wandb")
+        if others := sorted(p.name for p in out.iterdir() if p.is_dir() and not p.name.startswith(own)):
+            raise ValueError(
+                f"{out} holds an earlier run and other folders ({', '.join(others)}); choose another out_dir"
+            )
+        if out.resolve() == Path.cwd():
+            raise ValueError(f"an earlier run is in {out.resolve()}, where you are; choose another out_dir")
         lock(out).close()  # not while it runs
         number = next(n for n in range(1, 10**6) if not Path(f"{out}.{n}").exists())
         os.rename(out, f"{out}.{number}")

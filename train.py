@@ -110,6 +110,8 @@ class TrainConfig:
         at_least = "max_steps micro_batch warmup_steps decay_steps eval_tokens match_parameters seed".split()
         at_least += "weight_decay table_weight_decay grad_clip table_grad_clip kan_smoothness".split()
         for name, value in vars(self).items():
+            if value == math.inf:
+                raise ValueError(f"{name} must be finite, got {value}")
             if (name in above and not value > 0) or (name in at_least and not value >= 0):
                 raise ValueError(f"{name} must be {'above' if name in above else 'at least'} 0, got {value}")
             if name in ("beta1", "beta2") and not 0 <= value < 1:
@@ -126,6 +128,8 @@ class TrainConfig:
             )
         if self.mlp == "kan" and self.mlp_hidden:
             raise ValueError(f"mlp_hidden is for the MLPs, got {self.mlp_hidden} with mlp = kan; leave it out")
+        if not self.out_dir:
+            raise ValueError("out_dir must name a folder, got ''")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
 
@@ -264,7 +268,10 @@ def check_same_run(config, derived, info, folder):
     if config.max_steps < info["step"]:
         changes.append(f"it is at step {info['step']}, past max_steps = {config.max_steps}")
     if changes:
-        raise ValueError(f"{folder} is another run: {'; '.join(changes)}. Use its settings, or another --out_dir")
+        remedy = "Use its settings, or another --out_dir"
+        if then.get("schedule_end") != now["schedule_end"]:
+            remedy += f"; to go on past its end, at its last rate, add --decay_steps={then.get('schedule_end')}"
+        raise ValueError(f"{folder} is another run: {'; '.join(changes)}. {remedy}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -99,7 +99,12 @@ class TokenData:
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+            if self.dtype.kind != "u":
+                raise ValueError(f"dtype {self.meta['dtype']}")
             self.vocab_size, self.tokenizer_spec = int(self.meta["vocab_size"]), self.meta["tokenizer"]
+            words = tokenizer.from_spec(self.tokenizer_spec)
+            if words.vocab_size != self.vocab_size:
+                raise ValueError(f"vocab_size {self.vocab_size}, its tokenizer has {words.vocab_size}")
             self.tokens = {split: int(self.meta[f"{split}_tokens"]) for split in SPLITS}
         except FileNotFoundError:
             raise ValueError(f"no data in {self.folder}; {again}") from None

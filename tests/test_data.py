@@ -393,8 +393,11 @@ def damage(data_folder, tmp_path, name, change):
         (
             "meta.json",
             lambda p: p.write_text(p.read_text().replace('"vocab_size": 3', '"vocab_size": 1')),
-            "another tokenizer",
+            r"meta\.json is damaged \(vocab_size 1\d, its tokenizer has 3\d\)",
         ),
+        ("meta.json", lambda p: p.write_text(p.read_text().replace("uint16", "float16")), "damaged .dtype float16"),
+        ("meta.json", lambda p: p.write_text(p.read_text().replace('"characters"', '"x"', 1)), "unknown tokenizer 'x'"),
+        ("train.bin", lambda p: p.write_bytes(b"\xff" * p.stat().st_size), "another tokenizer"),
     ],
 )
 def test_damaged_data_is_named(data_folder, tmp_path, name, change, message):

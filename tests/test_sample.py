@@ -65,6 +65,10 @@ def test_sampling_mistakes_end_in_one_line(script, trained, tmp_path):
     shutil.copytree(run, tmp_path / "broken")
     (tmp_path / "broken" / "best" / "weights.safetensors").write_bytes(b"oops")
     assert_one_line(script("sample.py", tmp_path / "broken", "--prompt=7"), "is damaged", "latest may be whole")
+    config = tmp_path / "broken" / "latest" / "config.json"
+    info = json.loads(config.read_text())
+    config.write_text(json.dumps({**info, "tokenizer": {"kind": "characters", "characters": "7"}}))
+    assert_one_line(script("sample.py", config.parent, "--prompt=7"), "config.json is damaged", "its tokenizer 1")
 
 
 def test_characters_cut_by_tokens_arrive_whole(script, tmp_path, text):

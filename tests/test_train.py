@@ -123,6 +123,8 @@ def test_command_line_forms(tmp_path):
         ("", ["--leraning-rate", "3"], "unknown option --leraning_rate; did you mean learning_rate?"),
         ("n_layers = 3", [], "unknown option n_layers; did you mean n_layer?"),
         ("n_layer = ", [], "is not valid TOML"),
+        ("", ["--batch_size=12"], "did you mean batch_tokens"),
+        ("", ["--init_from=resume"], "did you mean resume?"),
         ("", ["--resume=maybe"], "--resume is True or False, got 'maybe'"),
     ],
 )
@@ -162,6 +164,8 @@ def test_mistakes_end_in_one_line(script, tiny, tmp_path):
     shutil.rmtree(tmp_path / "run")
     assert_one_line(script("train.py", *good, "--learning_rate=-1"), "learning_rate must be above 0, got -1.0")
     assert_one_line(script("train.py", *good, "--learning_rate=nan"), "learning_rate must be above 0, got nan")
+    assert_one_line(script("train.py", *good, "--weight_decay=inf"), "weight_decay must be finite, got inf")
+    assert_one_line(script("train.py", *good, "--out_dir="), "out_dir must name a folder")
     typed = script("train.py", *good, "--max_steps=many")
     assert typed.returncode == 2 and "--max-steps" in typed.stderr and "Traceback" not in typed.stderr
     assert not (tmp_path / "run").exists()
@@ -254,6 +258,18 @@ def test_an_earlier_run_is_moved_aside(tiny, capsys):
     train.train(replace(config, seed=2))
     assert sha256(config.out_dir + ".1") == first and Path(config.out_dir + ".2").is_dir()
     assert "is now" in capsys.readouterr().out
+
+
+def test_what_is_not_the_runs_own_is_not_moved(tiny, tmp_path, monkeypatch):
+    config = tiny(max_steps=0)
+    train.train(config)
+    monkeypatch.chdir(config.out_dir)
+    with pytest.raises(ValueError, match=r"an earlier run is in .*, where you are; choose another out_dir"):
+        train.train(replace(config, out_dir="."))
+    Path("mine").mkdir()
+    with pytest.raises(ValueError, match=r"holds an earlier run and other folders \(mine\); choose another out_dir"):
+        train.train(config)
+    assert Path("log.jsonl").is_file() and Path("mine").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -497,7 +513,7 @@ def test_extending_needs_a_schedule_that_allows_it(tiny):
     train.train(replace(config, resume=True, max_steps=20))
     train.train(replace(config, out_dir=config.out_dir + "whole", max_steps=20))
     assert sha256(config.out_dir) == sha256(config.out_dir + "whole")
-    with pytest.raises(ValueError, match=r"schedule .* was 20 and is 30"):
+    with pytest.raises(ValueError, match=r"schedule .* was 20 and is 30.*add --decay_steps=20"):
         train.train(replace(config, resume=True, decay_steps=0, max_steps=30))
 
 
