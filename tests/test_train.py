@@ -738,6 +738,12 @@ def test_two_processes_are_the_same_run_as_one(script, tiny):
     assert abs(resumed["val_loss"] - a[-1]["val_loss"]) < 1e-5
 
 
+def test_a_run_outlives_a_full_disk_behind_its_output(tiny):
+    command = [sys.executable, str(ROOT / "train.py"), *as_options(tiny(max_steps=2))]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stdout=full).returncode == 0
+
+
 def test_two_processes_stop_together(tiny):
     config = tiny("two", max_steps=5000, eval_interval=1000, log_interval=1)
     command = [
