@@ -453,7 +453,7 @@ def pick(logits, temperature, top_k, top_p, generator):
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     logits = logits - logits.amax(-1, keepdim=True)  # no overflow, however cold
-    probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
+    probabilities = (logits / min(max(temperature, 1e-30), 1e30)).softmax(-1)
     if top_p is not None:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)  # the first is always kept
