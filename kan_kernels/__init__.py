@@ -259,8 +259,7 @@ def has_attention(qkv, past=None):
     (Zen 3). With past only under no_grad or inference_mode, and not compiled."""
     if qkv.dtype != torch.float32 or qkv.shape[1] > 2048:
         return False
-    compiled = torch.compiler.is_compiling()
-    if past is not None and (compiled or torch.is_grad_enabled() or past[0].dtype != qkv.dtype):
+    if past is not None and (torch.is_grad_enabled() or torch.compiler.is_compiling() or past[0].dtype != qkv.dtype):
         return False
     return in_place_of_pytorch(qkv)
 

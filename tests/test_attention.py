@@ -345,7 +345,7 @@ def test_torch_func_and_exports_do_without(mlp):
     for name, p in parameters.items():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6)
     graph = str(torch.export.export(model, (tokens, tokens)).graph)
-    assert "splinegpt_cpu.attention" not in graph and "splinegpt_cpu.cross_entropy" not in graph
+    assert "splinegpt_cpu" not in graph.replace("splinegpt_cpu.spline.", "")  # a KAN's layers stay what they are
 
 
 def test_a_float32_model_where_that_is_not_the_default():
