@@ -756,11 +756,8 @@ def main(arguments):
         raise ValueError(f"jobs must be at least 1, threads at least 0, got {options.jobs} and {options.threads}")
     held = None if options.dry_run else lock(options.out)  # before the results are read
     cells, runner = options.cells or tuple(plan.cells), Runner(plan, options)
-    # A shell's background jobs ignore Ctrl-C, and a terminal that closes hangs up; no process may be left behind.
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-        numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, interrupt) for number in numbers}
+    # A shell's background jobs ignore Ctrl-C, so it is set here too; no process may be left behind.
+    previous = {number: signal.signal(number, interrupt) for number in cli.stop_signals()}
     try:
         if options.dry_run:
             return dry_run(runner, cells)

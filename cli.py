@@ -7,6 +7,7 @@ or dashes, --help. A TOML file of the same names can come first; the command lin
 import dataclasses
 import difflib
 import os
+import signal
 import sys
 import tomllib
 import typing
@@ -106,6 +107,13 @@ def parse(kind, arguments, toml=False):
             argument = f"--{name}={value.lower() if wordy else value}"
         cleaned.append(argument)
     return tyro.cli(kind, args=cleaned)
+
+
+def stop_signals():
+    """The signals by which we are asked to stop: that of a terminal that closes too, unless nohup is to outlive it."""
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    hangs_up = hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *[hangup] * hangs_up]
 
 
 def read_text(path):

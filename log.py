@@ -11,6 +11,7 @@ log.jsonl begins with how the run was made: configuration, git hash, versions, d
     peak_memory         bytes: of tensors on CUDA, of the process elsewhere
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -72,7 +73,7 @@ class Log:
         if self.progress:
             self.progress.update(self.task, completed=record["step"], description=text)
             if "val_loss" in record:
-                self.progress.console.print(text)
+                say(text, show=self.progress.console.print)
         elif shown:
             say(text)
         if self.wandb and shown:
@@ -80,16 +81,17 @@ class Log:
 
     def close(self):
         if self.progress:
-            self.progress.stop()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self.progress.stop()
         if self.wandb:
             self.wandb.finish()
         self.file.close()
 
 
-def say(text):
-    """Print; a run does not die of having no one left to tell (train.py | head), nor of a full disk to tell it to."""
+def say(text, show=None):
+    """Print, or show(text); a run does not die of having no one left to tell (train.py | head), nor of a full disk."""
     try:
-        print(text, flush=True)
+        show(text) if show else print(text, flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 

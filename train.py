@@ -307,6 +307,9 @@ def _train(config, world, device):
     name = f" {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     world.print(f"device: {device}{name} ({found if config.device == 'auto' else 'as asked'})")
     world.print(f"dtype: {str(dtype).removeprefix('torch.')} ({reason})")
+    given = [f.name for f in fields(config) if f.name.startswith("kan_") and getattr(config, f.name) != f.default]
+    if config.mlp != "kan" and given:
+        world.print(f"ignored, since mlp = {config.mlp}: {', '.join(given)}")
     sequences, micro_batch = divide_batch(config, world)
     data = TokenData(config.data, config.block_size)
     starts = data.val_starts(config.eval_tokens)
@@ -408,7 +411,7 @@ def _train(config, world, device):
             raise KeyboardInterrupt
         stop.append(number)
 
-    old_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    old_handlers = {number: signal.signal(number, on_signal) for number in cli.stop_signals()}
     stopped = False
     try:
         while True:

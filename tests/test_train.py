@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import pty
 import shutil
 import signal
 import subprocess
@@ -440,6 +441,15 @@ def test_bfloat16_training(tiny):
     assert 0 < abs(train.train(tiny("a", dtype="bfloat16"))["val_loss"] - train.train(tiny("b"))["val_loss"]) < 0.05
 
 
+def test_options_of_the_kan_are_named_where_an_mlp_ignores_them(tiny, capsys):
+    options = dict(max_steps=1, kan_control_points=7, kan_gate=True)
+    train.train(tiny("mlp", mlp="swiglu", **options))
+    assert "ignored, since mlp = swiglu: kan_control_points, kan_gate\n" in capsys.readouterr().out
+    for run in (tiny("kan", **options), tiny("plain", mlp="swiglu", max_steps=1)):
+        train.train(run)
+        assert "ignored" not in capsys.readouterr().out
+
+
 def test_wandb_offline(script, tiny, tmp_path):
     done = script("train.py", *as_options(tiny()), "--wandb", env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
     assert done.returncode == 0, done.stderr
@@ -480,6 +490,27 @@ def test_stopped_and_resumed_is_bitwise_the_same(tiny, number, options):
     assert [r["step"] for r in a] == list(range(701))
     for key in ("train_loss", "val_loss", "grad_norm", "lr"):
         assert [r.get(key) for r in a] == [r.get(key) for r in b]
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["hangup", "nohup"])
+def test_a_terminal_that_closes(tiny, tmp_path, ignored):
+    config = tiny("closed", max_steps=700, eval_interval=150)
+    command = [sys.executable, str(ROOT / "train.py"), *as_options(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    errors = os.open(tmp_path / "errors", os.O_WRONLY | os.O_CREAT)
+    process, terminal = pty.fork()
+    if not process:
+        os.dup2(errors, 2)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        os.execve(sys.executable, command, environment)
+    saved = Path(config.out_dir) / "latest" / "config.json"
+    while not saved.is_file():
+        os.read(terminal, 4096)  # OSError if it ends before
+    os.close(terminal)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    step = json.loads(saved.read_text())["step"]
+    assert (status, step) == (0, 700) if ignored else (status == 128 + signal.SIGHUP and 150 <= step < 700)
+    assert not (tmp_path / "errors").read_text()
 
 
 def test_killed_without_warning_goes_on_from_the_last_checkpoint(tiny):
