@@ -1,6 +1,7 @@
 """Training: configuration, exact resuming, several processes, what it writes, and what it says to mistakes."""
 
 import contextlib
+import fcntl
 import gc
 import hashlib
 import itertools
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import tomllib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -493,24 +495,26 @@ def test_stopped_and_resumed_is_bitwise_the_same(tiny, number, options):
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["hangup", "nohup"])
-def test_a_terminal_that_closes(tiny, tmp_path, ignored):
+def test_a_terminal_that_closes(tiny, ignored):
     config = tiny("closed", max_steps=700, eval_interval=150)
-    command = [sys.executable, str(ROOT / "train.py"), *as_options(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    errors = os.open(tmp_path / "errors", os.O_WRONLY | os.O_CREAT)
-    process, terminal = pty.fork()
-    if not process:
-        os.dup2(errors, 2)
+    terminal, inside = pty.openpty()
+
+    def attach():
+        fcntl.ioctl(inside, termios.TIOCSCTTY, 0)  # so that closing it hangs up
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
-        os.execve(sys.executable, command, environment)
+
+    how = dict(stdout=inside, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=attach)
+    command = [sys.executable, str(ROOT / "train.py"), *as_options(config)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+    os.close(inside)
     saved = Path(config.out_dir) / "latest" / "config.json"
     while not saved.is_file():
         os.read(terminal, 4096)  # OSError if it ends before
     os.close(terminal)
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    error, status = process.communicate(timeout=60)[1], process.returncode
     step = json.loads(saved.read_text())["step"]
     assert (status, step) == (0, 700) if ignored else (status == 128 + signal.SIGHUP and 150 <= step < 700)
-    assert not (tmp_path / "errors").read_text()
+    assert not error
 
 
 def test_killed_without_warning_goes_on_from_the_last_checkpoint(tiny):
