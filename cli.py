@@ -111,9 +111,10 @@ def parse(kind, arguments, toml=False):
 
 def stop_signals():
     """The signals by which we are asked to stop: that of a terminal that closes too, unless nohup is to outlive it."""
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-    hangs_up = hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGINT, *[hangup] * hangs_up]
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+        signals.append(signal.SIGHUP)
+    return signals
 
 
 def read_text(path):

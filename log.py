@@ -88,10 +88,11 @@ class Log:
         self.file.close()
 
 
-def say(text, show=None):
-    """Print, or show(text); a run does not die of having no one left to tell (train.py | head), nor of a full disk."""
+def say(text, show=print):
+    """Print, or show; a run does not die of having no one left to tell (train.py | head), nor of a full disk."""
     try:
-        show(text) if show else print(text, flush=True)
+        show(text)
+        sys.stdout.flush()
     except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 
