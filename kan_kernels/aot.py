@@ -2,7 +2,7 @@
 
     python -m kan_kernels.aot              sm_80 (A100), sm_90 (H100, H200), sm_100 (B200): a minute on 2 cores
     python -m kan_kernels.aot --sm 90      one of them
-    python -m kan_kernels.aot --points 7   for N = 7: what a tile of 8 knots leaves unused needs masks; default 8
+    python -m kan_kernels.aot --points 7   for N = 7, of which a tile of 8 knots leaves one unused; default 8
 
 It exits with 1 if a kernel spills registers or touches local memory, does not fit a device's shared memory, came out as
 a trap, or multiplies in its innermost loop without tensor cores (those of full float32 are meant to). Columns:
@@ -67,18 +67,22 @@ class Built:
 
 
 def everything(sms, N):
-    """(kernel's name, kind, sm, number among the choices, masks or not, N), of all that may run."""
+    """(kernel's name, kind, sm, number among the choices, with TMA (the look-up: early) or not, N), of all that may
+    run."""
     for sm in sms:
         for kernel, kind in gpu.CHOICES:
             for number in range(len(gpu.choices(kernel, kind, sm // 10))):
-                yield from ((kernel.fn.__name__, kind, sm, number, even, N) for even in (True, False))
-        yield from ((name, HALF, sm, 0, False, N) for name in SIMPLE)
+                ways = (True, False) if kind == HALF and sm >= 90 else (False,)
+                yield from ((kernel.fn.__name__, kind, sm, number, tma, N) for tma in ways)
+        for name in SIMPLE:
+            ways = (True, False) if name == "look_up_kernel" and sm >= 90 else (False,)
+            yield from ((name, HALF, sm, 0, early, N) for early in ways)
 
 
-def build(name, kind, sm, number, even, N):
+def build(name, kind, sm, number, tma, N):
     kernel = getattr(gpu, name)
     if name in SIMPLE:
-        tile = dict(SIMPLE[name])
+        tile = {**SIMPLE[name], **({"EARLY": True} if tma else {})}
         options = dict(num_warps=tile.pop("num_warps", 4))
     else:
         chosen = gpu.choices(kernel, kind, sm // 10)[number]
@@ -86,13 +90,16 @@ def build(name, kind, sm, number, even, N):
         options = dict(num_warps=chosen.num_warps, num_stages=chosen.num_stages)
     counted = N - 1 if name == "input_gradient_kernel" else N  # intervals, or knots
     sizes = dict(N=N, KN=gpu.knots_at_once(counted), SCALE=1.75, PARTS=5)
-    constants = {**sizes, **tile, "EVEN": even, "TF32": kind == TF32}
+    constants = {**sizes, **tile, "TMA": tma, "TF32": kind == TF32}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     product = "bf16" if kind == HALF else "fp32"
+    boxes = {k: list(box(constants)) for k, box in gpu.BOXES[kernel].items()} if "TMA" in constants and tma else {}
     signature = {}
     for argument in kernel.arg_names:
         if argument in constants:
             signature[argument] = "constexpr"
+        elif argument in boxes:
+            signature[argument] = f"tensordesc<{'fp32' if argument == 'x' else product}{boxes[argument]}>"
         elif argument in ("x", "out", "sums", "constants"):
             signature[argument] = "*fp32"
         elif argument in ("table", "y", "g", "slopes"):
@@ -105,10 +112,10 @@ def build(name, kind, sm, number, even, N):
     attributes = {(k,): [["tt.divisibility", 16]] for k in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    return inspect(name, kind, sm, tile, even, N, options["num_warps"], compiled)
+    return inspect(name, kind, sm, tile, tma, N, options["num_warps"], compiled)
 
 
-def inspect(name, kind, sm, tile, even, N, warps, compiled):
+def inspect(name, kind, sm, tile, tma, N, warps, compiled):
     resources, code = disassemble(compiled.asm["cubin"])
     tensor = in_loops(compiled.asm["ptx"], TENSOR_CORES[sm])
     shared, wrong = compiled.metadata.shared / 1024, []
@@ -122,7 +129,7 @@ def inspect(name, kind, sm, tile, even, N, warps, compiled):
         wrong.append("no tensor cores")
     blocks = min(65536 // (max(resources["REG"], 1) * 32 * warps), int((SHARED[sm] + 1) // (shared + 1)), 64 // warps)
     kilobytes, megaflops = step(name, kind, tile, N)
-    text = " ".join(f"{k}={v}" for k, v in tile.items()) + (" even" if even else "")
+    text = " ".join(f"{k}={v}" for k, v in tile.items()) + (" TMA" if tma and name not in SIMPLE else "")
     kernel = name.removesuffix("_kernel")
     issue = instructions(code) * warps / SCHEDULERS
     numbers = resources["REG"], shared, blocks * warps, tensor, kilobytes, megaflops, issue

@@ -16,6 +16,10 @@ A tile is over KN knots of some features: 8, or 4 where that leaves fewer unused
 read about as often as by a plain product. Nothing is added atomically: results are the same every time.
 Saved is x.
 
+Where there is a tensor memory accelerator (TMA: sm_90 and later; half precision, rows of multiples of 16 bytes), tiles
+come through it, and what lies outside a matrix comes as zero; elsewhere by addresses and masks. It made the forward
+1.12 to 1.27 times as fast, the table's gradient 1.13, that of x 1.1 to 1.16 (H200, 768 to 768 and 2,048 to 2,048).
+
 Sums are in float32. Products are of bfloat16, float16, or float32, the latter in full or, if PyTorch is told to use it
 (torch.backends.cuda.matmul.allow_tf32), in TF32; hats and slopes are made in float32 and then rounded to that.
 
@@ -34,13 +38,15 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels. All matrices are contiguous. Addresses are 64 bits: tables of more than 2^31 numbers exist. bucket is there
-# for the tuner alone: the power of two that B is rounded up to.
+# for the tuner alone: the power of two that B is rounded up to. With TMA those of BOXES are descriptors, not addresses.
 
 
 # Whether B is a multiple of 16 makes no better code: it need not be compiled anew for those that are.
@@ -87,11 +93,11 @@ def tile_of(pid, rows, columns, GROUP: tl.constexpr):
 def forward_kernel(
     x, table, constants, y, B, F, O, per_part, bucket,
     N: tl.constexpr, KN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr,
-    EVEN: tl.constexpr, TF32: tl.constexpr,
+    TMA: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """A tile (BM, BN) of y, (parts, B, O), over a part of the features: KN knots of BK / KN of them a step.
 
-    per_part is a multiple of BK / KN. EVEN: the sizes are multiples of the tile's, nothing needs a mask.
+    per_part is a multiple of BK / KN.
     """
     BF: tl.constexpr = BK // KN
     groups: tl.constexpr = (N + KN - 1) // KN
@@ -100,16 +106,16 @@ def forward_kernel(
     k, n = tl.arange(0, BK), tl.arange(0, KN)
     first = tl.program_id(1) * per_part
     last = tl.minimum(F, first + per_part)
-    x += row.to(tl.int64) * BM * F
     at_x, at_table = tl.arange(0, BM)[:, None] * F + f[None, :], (k % BF * N + k // BF)[:, None] * O + o[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     for step in range(tl.cdiv(last - first, BF) * groups):
         f0, n0 = first + step // groups * BF, step % groups * KN
-        if EVEN:
-            p = tl.load(x + f0 + at_x)
-            c = tl.load(table + (wide(f0) * N + n0) * O + at_table)
+        if TMA:
+            p = x.load([row * BM, f0])
+            c = tl.reshape(table.load([n0, f0, column * BN]), (BK, BN))
         else:
-            p = tl.load(x + f0 + at_x, mask=(b < B)[:, None] & (f0 + f < F)[None, :], other=0.0)
+            inside = (b < B)[:, None] & (f0 + f < F)[None, :]
+            p = tl.load(x + row.to(tl.int64) * BM * F + f0 + at_x, mask=inside, other=0.0)
             there = ((f0 + k % BF < F) & (n0 + k // BF < N))[:, None] & (o < O)[None, :]
             c = tl.load(table + (wide(f0) * N + n0) * O + at_table, mask=there, other=0.0)
         rise, rise_from = tl.load(constants + n0 + n), tl.load(constants + groups * KN + n0 + n)
@@ -125,9 +131,10 @@ def forward_kernel(
 def table_gradient_kernel(
     x, g, constants, out, sums, B, F, O, stride, multiprocessors, bucket,
     N: tl.constexpr, KN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr,
-    PER_SM: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, TF32: tl.constexpr,
+    PER_SM: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dC, (F, N, O): KN knots each of BM / KN features, BN outputs; BK tokens a step. x is (F, stride).
+    """A tile of dC, (F, N, O): KN knots each of BM / KN features, BN outputs; BK tokens a step. x is (F, B), its rows
+    stride apart.
 
     Tiles that would leave multiprocessors idle at the end are made in PARTS, each over a part of the tokens and stored
     as a tile of sums (tiles, PARTS, BM, BN), to be added.
@@ -152,10 +159,10 @@ def table_gradient_kernel(
     fall, fall_from = tl.load(constants + 2 * groups * KN + n0 + n), tl.load(constants + 3 * groups * KN + n0 + n)
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(first, last, BK):
-        inside = start + b < last
-        if EVEN:
-            p, c = tl.load(x + start + at_x), tl.load(g + wide(start) * O + at_g)
+        if TMA:
+            p, c = x.load([f0, start]), g.load([start, column * BN])
         else:
+            inside = start + b < last
             p = tl.load(x + start + at_x, mask=inside[None, :] & here, other=0.0)
             c = tl.load(g + wide(start) * O + at_g, mask=inside[:, None] & there, other=0.0)
         u = tl.broadcast_to((p * SCALE)[:, None, :], (BF, KN, BK))
@@ -194,37 +201,39 @@ def add_tiles_kernel(
 def input_gradient_kernel(
     x, g, slopes, out, B, F, O, scale, bucket,
     N: tl.constexpr, KN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EVEN: tl.constexpr, TF32: tl.constexpr,
+    PER_SM: tl.constexpr, TMA: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """A tile (BM, BN) of g @ S^T, for KN intervals of BN / KN features, of which each token and feature keeps its own.
+    """Tiles (BM, BN) of g @ S^T, for KN intervals of BN / KN features, of which each token and feature keeps its own.
 
-    Every number of dx lies in one interval, so it is written once. slopes (F, N - 1, O).
+    Every number of dx lies in one interval, so it is written once. slopes (F, N - 1, O). With TMA there are PER_SM
+    programs a multiprocessor, each of which loads for its next tile while it finishes one.
     """
     BF: tl.constexpr = BN // KN
     groups: tl.constexpr = (N - 2 + KN) // KN
-    row, column = tile_of(tl.program_id(0), tl.cdiv(B, BM), tl.cdiv(F, BF) * groups, 8)
-    n0, f0, k = column % groups * KN, column // groups * BF, tl.arange(0, BN)
-    b, o = row * BM + tl.arange(0, BM), tl.arange(0, BK)
-    g += row.to(tl.int64) * BM * O
-    slopes += (f0.to(tl.int64) * (N - 1) + n0) * O
-    at_g = tl.arange(0, BM)[:, None] * O + o[None, :]
-    at_slopes = (k % BF * (N - 1) + k // BF)[None, :] * O + o[:, None]
-    there = ((f0 + k % BF < F) & (n0 + k // BF < N - 1))[None, :]
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, O, BK):
-        inside = start + o < O
-        if EVEN:
-            c, s = tl.load(g + start + at_g), tl.load(slopes + start + at_slopes, mask=there, other=0.0)
-        else:
-            c = tl.load(g + start + at_g, mask=(b < B)[:, None] & inside[None, :], other=0.0)
-            s = tl.load(slopes + start + at_slopes, mask=there & inside[:, None], other=0.0)
-        acc = multiply(c, s, acc, TF32)
-    f, n = f0 + tl.arange(0, BF), n0 + tl.arange(0, KN)
-    at, inside = b.to(tl.int64)[:, None] * F + f[None, :], (b < B)[:, None] & (f < F)[None, :]
-    u = tl.load(x + at, mask=inside, other=0.0) * scale + (N - 1) / 2
-    i = interval(u, N).to(tl.int32)
-    d = tl.sum(tl.where(n[None, :, None] == i[:, None, :], tl.reshape(acc, (BM, KN, BF)), 0.0), 1)
-    tl.store(out + at, d * scale, mask=inside & (i >= n0) & (i < n0 + KN))
+    rows, columns = tl.cdiv(B, BM), tl.cdiv(F, BF) * groups
+    k, o = tl.arange(0, BN), tl.arange(0, BK)
+    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=TMA):
+        row, column = tile_of(tile, rows, columns, 8)
+        n0, f0, b = column % groups * KN, column // groups * BF, row * BM + tl.arange(0, BM)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for start in range(0, O, BK):
+            if TMA:
+                c = g.load([row * BM, start])
+                s = tl.reshape(slopes.load([n0, f0, start]), (BN, BK)).T
+            else:
+                inside = start + o < O
+                at_g = wide(row) * BM * O + start + tl.arange(0, BM)[:, None] * O + o[None, :]
+                c = tl.load(g + at_g, mask=(b < B)[:, None] & inside[None, :], other=0.0)
+                at = (wide(f0) * (N - 1) + n0) * O + start + (k % BF * (N - 1) + k // BF)[None, :] * O + o[:, None]
+                there = ((f0 + k % BF < F) & (n0 + k // BF < N - 1))[None, :]
+                s = tl.load(slopes + at, mask=there & inside[:, None], other=0.0)
+            acc = multiply(c, s, acc, TF32)
+        f, n = f0 + tl.arange(0, BF), n0 + tl.arange(0, KN)
+        at, inside = b.to(tl.int64)[:, None] * F + f[None, :], (b < B)[:, None] & (f < F)[None, :]
+        u = tl.load(x + at, mask=inside, other=0.0) * scale + (N - 1) / 2
+        i = interval(u, N).to(tl.int32)
+        d = tl.sum(tl.where(n[None, :, None] == i[:, None, :], tl.reshape(acc, (BM, KN, BF)), 0.0), 1)
+        tl.store(out + at, d * scale, mask=inside & (i >= n0) & (i < n0 + KN))
 
 
 @triton.jit
@@ -250,13 +259,20 @@ def slopes_kernel(table, out, O, N: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def look_up_kernel(x, table, y, F, O, scale, N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr):
-    """BN outputs of one token; STEPS times BF features are at least F.
+def look_up_kernel(
+    x, table, y, F, O, scale,
+    N: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """BN outputs of one token; STEPS times BF features are at least F. EARLY: started before the kernel before it has
+    ended, for whose end it waits, and letting the one after it start: of 3.7 us a layer of 768 channels 0.6 (H200).
 
     Not a loop: then loads of several steps are under way at once, which in a loop they are not (twice as slow).
     """
     b, o = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
     acc = tl.zeros((BF, BN), tl.float32)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     for step in tl.static_range(STEPS):
         f = step * BF + tl.arange(0, BF)
         inside = (f < F)[:, None] & (o < O)[None, :]
@@ -302,7 +318,7 @@ CHOICES = {
     (forward_kernel, TF32): [config(8, 3, BM=128, BN=128, BK=32)],
     (forward_kernel, FULL): [config(4, 2, BM=64, BN=64, BK=16)],
     (table_gradient_kernel, HALF): [
-        config(8, 3, BM=128, BN=256, BK=64, PER_SM=1),  # PER_SM: blocks a multiprocessor holds at once
+        config(8, 3, BM=128, BN=256, BK=64, PER_SM=1),  # PER_SM: programs a multiprocessor holds at once
         config(8, 4, BM=128, BN=256, BK=64, PER_SM=1),
         config(4, 3, BM=64, BN=256, BK=64, PER_SM=2),
         config(4, 3, BM=64, BN=128, BK=64, PER_SM=2),
@@ -310,12 +326,13 @@ CHOICES = {
     (table_gradient_kernel, TF32): [config(8, 3, BM=128, BN=128, BK=32, PER_SM=1)],
     (table_gradient_kernel, FULL): [config(4, 2, BM=64, BN=64, BK=16, PER_SM=2)],
     (input_gradient_kernel, HALF): [
-        config(8, 3, BM=128, BN=256, BK=64),
-        config(4, 3, BM=128, BN=128, BK=64),
-        config(4, 4, BM=64, BN=128, BK=64),
+        config(8, 3, BM=128, BN=256, BK=64, PER_SM=1),
+        config(8, 3, BM=256, BN=128, BK=64, PER_SM=1),
+        config(4, 3, BM=128, BN=128, BK=64, PER_SM=2),
+        config(4, 4, BM=64, BN=128, BK=64, PER_SM=2),
     ],
-    (input_gradient_kernel, TF32): [config(8, 3, BM=128, BN=128, BK=32)],
-    (input_gradient_kernel, FULL): [config(4, 2, BM=64, BN=64, BK=16)],
+    (input_gradient_kernel, TF32): [config(8, 3, BM=128, BN=128, BK=32, PER_SM=1)],
+    (input_gradient_kernel, FULL): [config(4, 2, BM=64, BN=64, BK=16, PER_SM=2)],
 }
 ADD, SLOPES, TRANSPOSE = 128, 1024, dict(BM=64, BN=64)
 
@@ -323,7 +340,7 @@ ADD, SLOPES, TRANSPOSE = 128, 1024, dict(BM=64, BN=64)
 def look_up_tile(F):
     """The best of 30 on an H200, with 768 and 2,048 features; at most 16 steps, or it would take long to compile."""
     BF = 128 * triton.next_power_of_2(triton.cdiv(F, 2048))
-    return dict(BF=BF, BN=32, STEPS=triton.cdiv(F, BF), num_warps=8)
+    return dict(BF=BF, BN=32, STEPS=triton.cdiv(F, BF), EARLY=False, num_warps=8)
 
 
 def knots_at_once(count):
@@ -365,17 +382,30 @@ def most_sums(kind, major, **sizes):
     return most
 
 
-# What follows from sizes and tile. EVEN: no load needs a mask; the table's parts are whole steps of tokens anyway.
-DERIVED = {
+# What a step loads by TMA, by the tile: the table and its slopes as (knots, features, outputs).
+BOXES = {
     forward_kernel: dict(
-        EVEN=lambda a: a["B"] % a["BM"] == a["F"] % (a["BK"] // a["KN"]) == a["O"] % a["BN"] == a["N"] % a["KN"] == 0
+        x=lambda a: (a["BM"], a["BK"] // a["KN"]), table=lambda a: (a["KN"], a["BK"] // a["KN"], a["BN"])
     ),
-    table_gradient_kernel: dict(
-        PARTS=parts_of_tokens,
-        EVEN=lambda a: a["B"] % a["BK"] == a["F"] % (a["BM"] // a["KN"]) == a["O"] % a["BN"] == 0,
+    table_gradient_kernel: dict(x=lambda a: (a["BM"] // a["KN"], a["BK"]), g=lambda a: (a["BK"], a["BN"])),
+    input_gradient_kernel: dict(
+        g=lambda a: (a["BM"], a["BK"]), slopes=lambda a: (a["KN"], a["BN"] // a["KN"], a["BK"])
     ),
-    input_gradient_kernel: dict(EVEN=lambda a: a["B"] % a["BM"] == a["O"] % a["BK"] == 0),
 }
+
+
+def set_boxes(kernel, sizes):
+    """Whether the arguments of BOXES are descriptors; these get the shape of what is loaded, which follows the tile."""
+    described = False
+    for name, box in BOXES[kernel].items():
+        if isinstance(sizes[name], TensorDescriptor):
+            sizes[name].block_shape, described = list(box(sizes)), True
+    return described
+
+
+# What follows from sizes and tile.
+DERIVED = {kernel: dict(TMA=functools.partial(set_boxes, kernel)) for kernel in BOXES}
+DERIVED[table_gradient_kernel]["PARTS"] = parts_of_tokens
 
 
 def fits(kernel, chosen, major):
@@ -417,30 +447,43 @@ def capability(device):
 LAUNCHES = {}
 
 
+def describable(a):
+    """Whether TMA can read a matrix: addresses of rows are multiples of 16 bytes."""
+    return a.data_ptr() % 16 == 0 and all(stride * a.itemsize % 16 == 0 for stride in a.stride()[:-1])
+
+
 def launch(kernel, kind, grid, *arguments, **constants):
     """Run a kernel and return all its constants; grid is a function of all sizes by their names.
 
     What was chosen is kept here for arguments like these: asking Triton's tuner takes longer than a small kernel.
     """
-    B = arguments[kernel.arg_names.index("B")]
-    bucket, constants = 1 << max(0, B - 1).bit_length(), dict(constants, TF32=kind == TF32)
-    device = arguments[0].device
-    key = kernel.__name__, device, *(a.dtype if isinstance(a, Tensor) else a for a in arguments), *constants.values()
+    names, device = kernel.arg_names, arguments[0].device
+    sizes = dict(zip(names, arguments))
+    bucket, constants = 1 << max(0, sizes["B"] - 1).bit_length(), dict(constants, TF32=kind == TF32)
+    tma = kind == HALF and capability(device) >= 9 and all(describable(sizes[name]) for name in BOXES[kernel])
+    key = kernel.__name__, device, tma, *(a.dtype if isinstance(a, Tensor) else a for a in arguments)
+    key += tuple(constants.values())
+    if tma:
+        for name in BOXES[kernel]:
+            a = sizes[name]
+            sizes[name] = TensorDescriptor(a, a.shape, a.stride(), [16] * a.ndim)
+    arguments = [sizes[name] for name in names[: len(arguments)]]
     with on_gpu(device):
         if key not in LAUNCHES:
-            chosen = tile_for(kernel, kind, grid, *arguments, bucket, **constants)
-            sizes = {**dict(zip(kernel.arg_names, arguments)), **constants, **chosen}
+            chosen = tile_for(kernel, kind, device, grid, *arguments, bucket, **constants)
+            everything = {**sizes, **constants, **chosen}
             for name, derive in DERIVED[kernel].items():
-                constants[name] = sizes[name] = derive(sizes)
-            LAUNCHES[key] = grid(sizes), {**constants, **chosen}
+                constants[name] = everything[name] = derive(everything)
+            LAUNCHES[key] = grid(everything), {**constants, **chosen}
         where, constants = LAUNCHES[key]
+        set_boxes(kernel, {**sizes, **constants})
         kernel[where](*arguments, bucket, **constants)
     return constants
 
 
-def tile_for(kernel, kind, grid, *arguments, **constants):
+def tile_for(kernel, kind, device, grid, *arguments, **constants):
     """The quickest choice for these arguments, which Triton finds by running all."""
-    major = capability(arguments[0].device)
+    major = capability(device)
     if INTERPRETED.value:
         return choices(kernel, kind, major)[-1].kwargs
     run = tuned(kernel, kind, major)
@@ -510,6 +553,8 @@ def spline(
     if 0 < B <= few:  # in the table as it is, since a copy in dtype would read all of it
         with on_gpu(x.device):
             tile = look_up_tile(F)
+            if B == 1 and capability(x.device) >= 9 and not INTERPRETED.value:  # with 4 tokens it is slower
+                tile |= dict(EARLY=True, launch_pdl=True)
             look_up_kernel[B, triton.cdiv(O, tile["BN"])](x, table.contiguous(), y, F, O, scale, N=N, **tile)
     elif B > 0:
         parts, per_part = share(F, triton.cdiv(B, 128) * triton.cdiv(O, 128), x.device, 64)
@@ -519,7 +564,8 @@ def spline(
             return triton.cdiv(B, tile["BM"]) * triton.cdiv(O, tile["BN"]), parts
 
         x, KN = x.float(), knots_at_once(N)
-        arguments = x, table.to(dtype).contiguous(), knot_constants(N, KN, x.device), sums, B, F, O, per_part
+        table = table.to(dtype).contiguous().transpose(0, 1)
+        arguments = x, table, knot_constants(N, KN, x.device), sums, B, F, O, per_part
         launch(forward_kernel, kind_of(dtype, tf32), grid, *arguments, N=N, KN=KN, SCALE=scale)
         if parts > 1:
             add(sums, y)
@@ -554,7 +600,8 @@ def table_gradient(g: Tensor, x: Tensor, N: int, spline_width: float, dtype: tor
         whole, left, parts = divided({**sizes, **tile})
         return (whole + left * parts,)
 
-    arguments = columns, g, knot_constants(N, KN, x.device), out, sums, B, F, O, stride, sizes["multiprocessors"]
+    constants, columns = knot_constants(N, KN, x.device), columns[:, :B]
+    arguments = columns, g, constants, out, sums, B, F, O, stride, sizes["multiprocessors"]
     tile = launch(table_gradient_kernel, kind, grid, *arguments, N=N, KN=KN, SCALE=(N - 1) / spline_width)
     whole, left, parts = divided({**sizes, **tile})
     if left:
@@ -576,10 +623,10 @@ def input_gradient(g: Tensor, x: Tensor, table: Tensor, spline_width: float, tf3
         slopes_kernel[F, triton.cdiv((N - 1) * O, SLOPES)](table, slopes, O, N=N, BN=SLOPES)
 
     def grid(tile):
-        columns = triton.cdiv(F, tile["BN"] // KN) * triton.cdiv(N - 1, KN)
-        return (triton.cdiv(B, tile["BM"]) * columns,)
+        tiles = triton.cdiv(B, tile["BM"]) * triton.cdiv(F, tile["BN"] // KN) * triton.cdiv(N - 1, KN)
+        return (min(tiles, multiprocessors(x.device) * tile["PER_SM"]) if tile["TMA"] else tiles,)
 
-    arguments = x, g, slopes, out, B, F, O, (N - 1) / spline_width
+    arguments = x, g, slopes.transpose(0, 1), out, B, F, O, (N - 1) / spline_width
     launch(input_gradient_kernel, kind_of(g.dtype, tf32), grid, *arguments, N=N, KN=KN)
     return out
 

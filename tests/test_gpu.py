@@ -74,9 +74,9 @@ def assert_matches_reference(x, table, g, dtype, width, few):
 @settings(max_examples=60 if DEVICE == "cpu" else 15, deadline=None)  # each takes seconds to compile
 @given(
     B=st.one_of(st.integers(0, 20), st.sampled_from([63, 64, 65, 100])),
-    F=st.one_of(st.integers(1, 6), st.sampled_from([15, 16, 17, 65])),
+    F=st.one_of(st.integers(1, 6), st.sampled_from([15, 17, 65]), st.sampled_from([4, 16, 68])),
     N=st.sampled_from([2, 3, 4, 7, 8, 31]),  # few, since on a GPU each is compiled
-    O=st.one_of(st.integers(1, 20), st.sampled_from([64, 127, 129])),
+    O=st.one_of(st.integers(1, 20), st.sampled_from([127, 129]), st.sampled_from([8, 64, 136])),  # the last: by TMA
     dtype=st.sampled_from(list(EPS)),
     width=st.sampled_from([0.7, 4.0, 9.0]),
     scale=st.sampled_from([0.3, 1.5, 6.0]),
@@ -100,11 +100,12 @@ def forget():
     gpu.tuned.cache_clear(), gpu.most_sums.cache_clear(), gpu.LAUNCHES.clear()
 
 
+@pytest.mark.parametrize("O", [260, 264])  # of half precision the latter by TMA
 @pytest.mark.parametrize("kernel, kind", ALL_TILES, ids=lambda v: v if isinstance(v, str) else v.fn.__name__)
-def test_every_tile_that_may_be_chosen(kernel, kind, monkeypatch):
+def test_every_tile_that_may_be_chosen(kernel, kind, O, monkeypatch):
     """Each in turn, on a shape that is larger than the tile and no multiple of it, against float64."""
     dtype = torch.bfloat16 if kind == gpu.HALF else torch.float32
-    x, table, g = make(150, 140, 5, 260, dtype)
+    x, table, g = make(150, 140, 5, O, dtype)
     a, w = x.double().requires_grad_(), table.double().requires_grad_()
     y = kan_layer.embedding(a, w, 4.0, torch.float64)
     which = [gpu.forward_kernel, gpu.input_gradient_kernel, gpu.table_gradient_kernel].index(kernel)
@@ -122,6 +123,8 @@ def test_every_tile_that_may_be_chosen(kernel, kind, monkeypatch):
         forget()
         monkeypatch.setitem(gpu.CHOICES, (kernel, kind), [tile])
         got = call().double().cpu().numpy()
+        ((_, constants),) = gpu.LAUNCHES.values()
+        assert constants["TMA"] == (kind == gpu.HALF and O == 264 and major >= 9)
         # TF32 has 10 bits of a mantissa, and the interpreter, which does not know it, 23.
         close([got], [want], torch.float16 if tf32 and DEVICE == "cuda" else dtype)
     forget()
