@@ -5,7 +5,8 @@
     python -m kan_kernels.aot --points 7   for N = 7, of which a tile of 8 knots leaves one unused; default 8
 
 It exits with 1 if a kernel spills registers or touches local memory, does not fit a device's shared memory, came out as
-a trap, or multiplies in its innermost loop without tensor cores (those of full float32 are meant to). Columns:
+a trap, multiplies in its innermost loop without tensor cores (those of full float32 are meant to), or waits for every
+product where Triton did not ask for it. Columns:
 
     regs, shared   registers a thread and KiB of shared memory a block; warps: of how many a multiprocessor holds
     tensor         tensor-core instructions in loops: mma.sync, wgmma or tcgen05.mma
@@ -42,7 +43,6 @@ SIMPLE = dict(  # kernels without a choice
     add_kernel=dict(PARTS=64, BN=gpu.ADD),
     add_tiles_kernel=dict(BM=128, BN=256, R=8),
     slopes_kernel=dict(BN=gpu.SLOPES),
-    transpose_kernel=gpu.TRANSPOSE,
 )
 BYTES = {HALF: 2, TF32: 4, FULL: 4}
 DEVICES = {"H100": (989, 3.35), "H200": (989, 4.8)}  # dense bfloat16 Tflop/s, TB/s
@@ -107,7 +107,7 @@ def build(name, kind, sm, number, tma, N):
         else:
             signature[argument] = "fp32" if argument == "scale" else "i32"
     # As at run time: addresses, and sizes that are multiples of 16, are known to be aligned.
-    sizes = "F", "O", "per_part", "stride"
+    sizes = "F", "O", "per_part"
     aligned = [k for k, t in enumerate(signature.values()) if t[0] == "*" or kernel.arg_names[k] in sizes]
     attributes = {(k,): [["tt.divisibility", 16]] for k in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -127,6 +127,10 @@ def inspect(name, kind, sm, tile, tma, N, warps, compiled):
         wrong.append("nothing but a trap")
     if name not in SIMPLE and kind != FULL and not tensor:
         wrong.append("no tensor cores")
+    if re.search(r"wgmma\.wait_group\S* [1-9]", compiled.asm["ptx"]) and not re.search(
+        r"DEPBAR\.LE gsb0, 0x[1-9]", code
+    ):
+        wrong.append("ptxas waits for every product")
     blocks = min(65536 // (max(resources["REG"], 1) * 32 * warps), int((SHARED[sm] + 1) // (shared + 1)), 64 // warps)
     kilobytes, megaflops = step(name, kind, tile, N)
     text = " ".join(f"{k}={v}" for k, v in tile.items()) + (" TMA" if tma and name not in SIMPLE else "")
@@ -182,8 +186,6 @@ def step(name, kind, tile, N):
             read, flops = 2 * pairs * size, 4 * pairs
         elif name == "slopes_kernel":
             read, flops = 2 * 4 * tile["BN"], tile["BN"]
-        elif name == "transpose_kernel":
-            read, flops = 4 * tile["BM"] * tile["BN"], 0
         else:
             rows = tile.get("R", 1) * tile.get("PARTS", 1)
             read, flops = 4 * rows * tile["BN"], rows * tile["BN"]
