@@ -699,7 +699,12 @@ def blocks_on_cuda(options):
                 with torch.device("cuda"):
                     module = Autocast(nn.Sequential(nn.LayerNorm(C), BLOCKS[name](C, C, N)))
                 module = torch.compile(module) if name.endswith("compiled") else module
-                timers[name] = (Replays if name in quick else Timer)(module, C, 16384, device="cuda")
+                timers[name] = t = (Replays if name in quick else Timer)(module, C, 16384, device="cuda")
+                if name not in quick:  # which may be cut short
+                    print(
+                        f"{name}, at first: {t.fwd * 1e3:.1f} and {t.both * 1e3:.1f} ms, {t.bytes / 1e6:.0f} MB",
+                        flush=True,
+                    )
             except Exception as error:
                 print(f"{name}: left out, {str(error).splitlines()[0][:100]}")
                 torch.cuda.empty_cache()
