@@ -345,19 +345,23 @@ def test_every_tile_compiles_for_every_device(N, monkeypatch):
 
 
 def test_what_is_wrong_is_found():
-    """A tile too large for the registers, one too large for shared memory, and what Triton made a trap of."""
+    """A tile too large for the registers, one too large for shared memory, what ptxas makes wait and Triton a trap."""
     code = (
         "from kan_kernels import aot, gpu\n"
         "gpu.fits = lambda *_: True\n"
         "print(aot.build('forward_kernel', gpu.HALF, 80, 0, False, 8).wrong)\n"
         "gpu.CHOICES[gpu.forward_kernel, gpu.HALF] = [gpu.config(8, 8, BM=128, BN=256, BK=64)]\n"
         "print(aot.build('forward_kernel', gpu.HALF, 90, 0, True, 8).wrong)\n"
+        "gpu.CHOICES[gpu.forward_kernel, gpu.HALF] = [gpu.config(8, 3, BM=128, BN=256, BK=64)]\n"
+        "aot.disassemble = lambda cubin: (dict(REG=99, STACK=0, LOCAL=0), 'WARPGROUP.DEPBAR.LE gsb0, 0x0')\n"
+        "print(aot.build('forward_kernel', gpu.HALF, 90, 0, True, 8).wrong)\n"
         "aot.disassemble = lambda cubin: (dict(REG=4, STACK=0, LOCAL=0), 'BPT.TRAP')\n"
-        "print(aot.build('forward_kernel', gpu.FULL, 90, 0, True, 8).wrong)\n"
+        "print(aot.build('forward_kernel', gpu.FULL, 90, 0, False, 8).wrong)\n"
     )
     process = python("-c", code)
-    spills, shared, trap = process.stdout.splitlines()
+    spills, shared, waits, trap = process.stdout.splitlines()
     assert spills == "['spills']" and "KiB shared" in shared and trap == "['nothing but a trap']", process.stderr
+    assert waits == "['ptxas waits for every product']"
 
 
 def test_instructions_in_loops():
