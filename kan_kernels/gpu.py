@@ -106,17 +106,20 @@ def forward_kernel(
     k, n = tl.arange(0, BK), tl.arange(0, KN)
     first = tl.program_id(1) * per_part
     last = tl.minimum(F, first + per_part)
-    at_x, at_table = tl.arange(0, BM)[:, None] * F + f[None, :], (k % BF * N + k // BF)[:, None] * O + o[None, :]
+    if not TMA:
+        x += row.to(tl.int64) * BM * F
+        at_x, at_table = tl.arange(0, BM)[:, None] * F + f[None, :], (k % BF * N + k // BF)[:, None] * O + o[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
-    # At least one, as it is anyway: not knowing it, ptxas waits for every product, and all takes 1.2 times as long.
-    for step in range(tl.maximum(tl.cdiv(last - first, BF) * groups, 1)):
+    steps = tl.cdiv(last - first, BF) * groups
+    if TMA:  # at least one, as it is anyway: not knowing it, ptxas waits for every product (1.2 times as long)
+        steps = tl.maximum(steps, 1)
+    for step in range(steps):
         f0, n0 = first + step // groups * BF, step % groups * KN
         if TMA:
             p = x.load([row * BM, f0])
             c = tl.reshape(table.load([n0, f0, column * BN]), (BK, BN))
         else:
-            inside = (b < B)[:, None] & (f0 + f < F)[None, :]
-            p = tl.load(x + row.to(tl.int64) * BM * F + f0 + at_x, mask=inside, other=0.0)
+            p = tl.load(x + f0 + at_x, mask=(b < B)[:, None] & (f0 + f < F)[None, :], other=0.0)
             there = ((f0 + k % BF < F) & (n0 + k // BF < N))[:, None] & (o < O)[None, :]
             c = tl.load(table + (wide(f0) * N + n0) * O + at_table, mask=there, other=0.0)
         rise, rise_from = tl.load(constants + n0 + n), tl.load(constants + groups * KN + n0 + n)
@@ -198,43 +201,59 @@ def add_tiles_kernel(
     tl.store(out, total.to(out.dtype.element_ty), mask=((f < F) & (n < N))[:, None] & (o < O)[None, :])
 
 
+@triton.jit
+def input_gradient_tile(
+    tile, x, g, slopes, out, B, F, O, scale,
+    N: tl.constexpr, KN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TMA: tl.constexpr, TF32: tl.constexpr,
+):  # fmt: skip
+    """A tile (BM, BN) of g @ S^T, for KN intervals of BN / KN features, of which each token and feature keeps its own.
+
+    Every number of dx lies in one interval, so it is written once. slopes (F, N - 1, O).
+    """
+    BF: tl.constexpr = BN // KN
+    groups: tl.constexpr = (N - 2 + KN) // KN
+    row, column = tile_of(tile, tl.cdiv(B, BM), tl.cdiv(F, BF) * groups, 8)
+    n0, f0, k = column % groups * KN, column // groups * BF, tl.arange(0, BN)
+    b, o = row * BM + tl.arange(0, BM), tl.arange(0, BK)
+    if not TMA:
+        g += row.to(tl.int64) * BM * O
+        slopes += (f0.to(tl.int64) * (N - 1) + n0) * O
+        at_g = tl.arange(0, BM)[:, None] * O + o[None, :]
+        at_slopes = (k % BF * (N - 1) + k // BF)[None, :] * O + o[:, None]
+        there = ((f0 + k % BF < F) & (n0 + k // BF < N - 1))[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, O, BK):
+        if TMA:
+            c = g.load([row * BM, start])
+            s = tl.reshape(slopes.load([n0, f0, start]), (BN, BK)).T
+        else:
+            inside = start + o < O
+            c = tl.load(g + start + at_g, mask=(b < B)[:, None] & inside[None, :], other=0.0)
+            s = tl.load(slopes + start + at_slopes, mask=there & inside[:, None], other=0.0)
+        acc = multiply(c, s, acc, TF32)
+    f, n = f0 + tl.arange(0, BF), n0 + tl.arange(0, KN)
+    at, inside = b.to(tl.int64)[:, None] * F + f[None, :], (b < B)[:, None] & (f < F)[None, :]
+    u = tl.load(x + at, mask=inside, other=0.0) * scale + (N - 1) / 2
+    i = interval(u, N).to(tl.int32)
+    d = tl.sum(tl.where(n[None, :, None] == i[:, None, :], tl.reshape(acc, (BM, KN, BF)), 0.0), 1)
+    tl.store(out + at, d * scale, mask=inside & (i >= n0) & (i < n0 + KN))
+
+
 @jit
 def input_gradient_kernel(
     x, g, slopes, out, B, F, O, scale, bucket,
     N: tl.constexpr, KN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PER_SM: tl.constexpr, TMA: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """Tiles (BM, BN) of g @ S^T, for KN intervals of BN / KN features, of which each token and feature keeps its own.
-
-    Every number of dx lies in one interval, so it is written once. slopes (F, N - 1, O). With TMA there are PER_SM
-    programs a multiprocessor, each of which loads for its next tile while it finishes one.
-    """
-    BF: tl.constexpr = BN // KN
-    groups: tl.constexpr = (N - 2 + KN) // KN
-    rows, columns = tl.cdiv(B, BM), tl.cdiv(F, BF) * groups
-    k, o = tl.arange(0, BN), tl.arange(0, BK)
-    for tile in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=TMA):
-        row, column = tile_of(tile, rows, columns, 8)
-        n0, f0, b = column % groups * KN, column // groups * BF, row * BM + tl.arange(0, BM)
-        acc = tl.zeros((BM, BN), tl.float32)
-        for start in range(0, O, BK):
-            if TMA:
-                c = g.load([row * BM, start])
-                s = tl.reshape(slopes.load([n0, f0, start]), (BN, BK)).T
-            else:
-                inside = start + o < O
-                at_g = wide(row) * BM * O + start + tl.arange(0, BM)[:, None] * O + o[None, :]
-                c = tl.load(g + at_g, mask=(b < B)[:, None] & inside[None, :], other=0.0)
-                at = (wide(f0) * (N - 1) + n0) * O + start + (k % BF * (N - 1) + k // BF)[None, :] * O + o[:, None]
-                there = ((f0 + k % BF < F) & (n0 + k // BF < N - 1))[None, :]
-                s = tl.load(slopes + at, mask=there & inside[:, None], other=0.0)
-            acc = multiply(c, s, acc, TF32)
-        f, n = f0 + tl.arange(0, BF), n0 + tl.arange(0, KN)
-        at, inside = b.to(tl.int64)[:, None] * F + f[None, :], (b < B)[:, None] & (f < F)[None, :]
-        u = tl.load(x + at, mask=inside, other=0.0) * scale + (N - 1) / 2
-        i = interval(u, N).to(tl.int32)
-        d = tl.sum(tl.where(n[None, :, None] == i[:, None, :], tl.reshape(acc, (BM, KN, BF)), 0.0), 1)
-        tl.store(out + at, d * scale, mask=inside & (i >= n0) & (i < n0 + KN))
+    """A tile; with TMA as many as are left for each of PER_SM programs a multiprocessor, which then load for the next
+    tile while they finish one."""
+    if TMA:
+        tiles = tl.cdiv(B, BM) * tl.cdiv(F, BN // KN) * tl.cdiv(N - 1, KN)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            input_gradient_tile(tile, x, g, slopes, out, B, F, O, scale, N, KN, BM, BN, BK, TMA, TF32)
+    else:
+        input_gradient_tile(tl.program_id(0), x, g, slopes, out, B, F, O, scale, N, KN, BM, BN, BK, TMA, TF32)
 
 
 @triton.jit
@@ -409,6 +428,8 @@ def fits(kernel, chosen, major):
         if kernel is table_gradient_kernel:
             return not (small and tile["BN"] == 256)
         return not (small and tile["BM"] == 128)
+    if major >= 10 and kernel is input_gradient_kernel:  # what spills there with 4 knots in a tile
+        return tile["BN"] != 256
     return kernel is not forward_kernel or tile != dict(BM=128, BN=128, BK=64)  # half as fast on an H200
 
 
