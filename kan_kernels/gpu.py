@@ -427,7 +427,7 @@ def fits(kernel, chosen, major):
             return tile["BN"] == 128
         if kernel is table_gradient_kernel:
             return not (small and tile["BN"] == 256)
-        return not (small and tile["BM"] == 128)
+        return tile["BM"] < 128 or (tile["BM"] == 128 and not small)
     if major >= 10 and kernel is input_gradient_kernel:  # what spills there with 4 knots in a tile
         return tile["BN"] != 256
     return kernel is not forward_kernel or tile != dict(BM=128, BN=128, BK=64)  # half as fast on an H200
