@@ -82,7 +82,7 @@ def everything(sms, N):
 def build(name, kind, sm, number, tma, N):
     kernel = getattr(gpu, name)
     if name in SIMPLE:
-        tile = {**SIMPLE[name], **({"EARLY": True} if tma else {})}
+        tile = dict(SIMPLE[name], EARLY=True) if tma else dict(SIMPLE[name])
         options = dict(num_warps=tile.pop("num_warps", 4))
     else:
         chosen = gpu.choices(kernel, kind, sm // 10)[number]
@@ -93,7 +93,7 @@ def build(name, kind, sm, number, tma, N):
     constants = {**sizes, **tile, "TMA": tma, "TF32": kind == TF32}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     product = "bf16" if kind == HALF else "fp32"
-    boxes = {k: list(box(constants)) for k, box in gpu.BOXES[kernel].items()} if "TMA" in constants and tma else {}
+    boxes = {k: list(box(constants)) for k, box in gpu.BOXES[kernel].items()} if tma and name not in SIMPLE else {}
     signature = {}
     for argument in kernel.arg_names:
         if argument in constants:
@@ -127,9 +127,8 @@ def inspect(name, kind, sm, tile, tma, N, warps, compiled):
         wrong.append("nothing but a trap")
     if name not in SIMPLE and kind != FULL and not tensor:
         wrong.append("no tensor cores")
-    if re.search(r"wgmma\.wait_group\S* [1-9]", compiled.asm["ptx"]) and not re.search(
-        r"DEPBAR\.LE gsb0, 0x[1-9]", code
-    ):
+    left_running = re.search(r"wgmma\.wait_group\S* [1-9]", compiled.asm["ptx"])
+    if left_running and not re.search(r"DEPBAR\.LE gsb0, 0x[1-9]", code):
         wrong.append("ptxas waits for every product")
     blocks = min(65536 // (max(resources["REG"], 1) * 32 * warps), int((SHARED[sm] + 1) // (shared + 1)), 64 // warps)
     kilobytes, megaflops = step(name, kind, tile, N)

@@ -470,8 +470,7 @@ def launch(kernel, kind, grid, *arguments, **constants):
 
     What was chosen is kept here for arguments like these: asking Triton's tuner takes longer than a small kernel.
     """
-    names, device = kernel.arg_names, arguments[0].device
-    sizes = dict(zip(names, arguments))
+    device, sizes = arguments[0].device, dict(zip(kernel.arg_names, arguments))
     bucket, constants = 1 << max(0, sizes["B"] - 1).bit_length(), dict(constants, TF32=kind == TF32)
     tma = kind == HALF and capability(device) >= 9 and all(describable(sizes[name]) for name in BOXES[kernel])
     key = kernel.__name__, device, tma, *(a.dtype if isinstance(a, Tensor) else a for a in arguments)
@@ -479,8 +478,8 @@ def launch(kernel, kind, grid, *arguments, **constants):
     if tma:
         for name in BOXES[kernel]:
             a = sizes[name]
-            sizes[name] = TensorDescriptor(a, a.shape, a.stride(), [16] * a.ndim)
-    arguments = [sizes[name] for name in names[: len(arguments)]]
+            sizes[name] = TensorDescriptor(a, a.shape, a.stride(), [16] * a.ndim)  # until set_boxes knows the tile
+    arguments = sizes.values()
     with on_gpu(device):
         if key not in LAUNCHES:
             chosen = tile_for(kernel, kind, device, grid, *arguments, bucket, **constants)
