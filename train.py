@@ -86,6 +86,8 @@ class TrainConfig:
     max_steps: int = 2000
     # The optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the 2-D matrices inside the blocks
+    table_optimizer: Literal["adamw", "muon"] = "adamw"  # of the splines' control points, muon with a higher rate
+    muon_momentum: float = 0.95  # the shorter the run, the less: see docs/results.md
     learning_rate: float = 3e-3
     table_learning_rate: float = 3e-4  # of the splines' control points
     weight_decay: float = 0.1  # of matrices and embeddings
@@ -114,7 +116,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be finite, got {value}")
             if (name in above and not value > 0) or (name in at_least and not value >= 0):
                 raise ValueError(f"{name} must be {'above' if name in above else 'at least'} 0, got {value}")
-            if name in ("beta1", "beta2") and not 0 <= value < 1:
+            if name in ("beta1", "beta2", "muon_momentum") and not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
         if not 0 <= self.min_lr <= 1:
             raise ValueError(f"min_lr must be from 0 to 1, got {self.min_lr}")
@@ -177,27 +179,24 @@ def divide_batch(config, world):
 
 
 def make_optimizers(model, config, device):
-    """AdamW for everything, or Muon (https://kellerjordan.github.io/posts/muon) for the matrices inside the blocks.
+    """AdamW for everything, or Muon (see muon.py) for the matrices inside the blocks, for the tables, or for both.
 
     Every parameter group carries its peak learning rate; the loop scales all by one schedule.
     """
     parameters = model.parameter_groups()
-    groups = [
-        dict(params=parameters["tables"], lr=config.table_learning_rate, weight_decay=config.table_weight_decay),
-        dict(params=parameters["embeddings"], lr=config.learning_rate, weight_decay=config.weight_decay),
-        dict(params=parameters["vectors"], lr=config.learning_rate, weight_decay=0.0),
-    ]
-    matrices = dict(params=parameters["matrices"], lr=config.learning_rate, weight_decay=config.weight_decay)
-    optimizers = []
-    if config.optimizer == "muon":
-        # Its steps scaled to the size of AdamW's (arXiv 2502.16982), so that one learning rate serves both.
-        kind = muon.CpuMuon if device.type == "cpu" else torch.optim.Muon
-        optimizers.append(kind([matrices], adjust_lr_fn="match_rms_adamw"))
-    else:
-        groups.append(matrices)
+    lr, decay = config.learning_rate, config.weight_decay
+    tables = dict(params=parameters["tables"], lr=config.table_learning_rate, weight_decay=config.table_weight_decay)
+    matrices = dict(params=parameters["matrices"], lr=lr, weight_decay=decay)
+    embeddings = dict(params=parameters["embeddings"], lr=lr, weight_decay=decay)
+    vectors = dict(params=parameters["vectors"], lr=lr, weight_decay=0.0)
+    groups = dict(muon=[], adamw=[])
+    groups[config.table_optimizer].append(tables)
+    groups["adamw"] += [embeddings, vectors]
+    groups[config.optimizer].append(matrices)
+    by_muon, by_adamw = ([group for group in groups[kind] if group["params"]] for kind in groups)
+    optimizers = [muon.Muon(by_muon, momentum=config.muon_momentum)] if by_muon else []
     fused = device.type in ("cuda", "cpu")
-    groups = [group for group in groups if group["params"]]
-    optimizers.append(torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=fused))
+    optimizers.append(torch.optim.AdamW(by_adamw, betas=(config.beta1, config.beta2), fused=fused))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -307,9 +306,13 @@ def _train(config, world, device):
     name = f" {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     world.print(f"device: {device}{name} ({found if config.device == 'auto' else 'as asked'})")
     world.print(f"dtype: {str(dtype).removeprefix('torch.')} ({reason})")
-    given = [f.name for f in fields(config) if f.name.startswith("kan_") and getattr(config, f.name) != f.default]
-    if config.mlp != "kan" and given:
-        world.print(f"ignored, since mlp = {config.mlp}: {', '.join(given)}")
+    given = [f.name for f in fields(config) if getattr(config, f.name) != f.default]
+    kan = config.mlp == "kan"
+    by_muon = config.optimizer == "muon" or (kan and config.table_optimizer == "muon")
+    unused = (() if kan else ("kan_", "table_")) + (() if by_muon else ("muon_",))
+    ignored = [name for name in given if name.startswith(unused)]
+    if ignored:
+        world.print(f"ignored, since mlp = {config.mlp} and optimizer = {config.optimizer}: {', '.join(ignored)}")
     sequences, micro_batch = divide_batch(config, world)
     data = TokenData(config.data, config.block_size)
     starts = data.val_starts(config.eval_tokens)
@@ -434,8 +437,9 @@ def _train(config, world, device):
                 break
             if step in config.kan_refine_at:
                 losses = [evaluate(fast_model, data, starts, micro_batch, context, device, world)[0]]
+                tables_by = optimizers[0 if config.table_optimizer == "muon" else -1]
                 for layer in model.kan_layers():
-                    layer.refine(optimizer=optimizers[-1])
+                    layer.refine(optimizer=tables_by)
                 model_config = config.model_config(data.vocab_size, step + 1)
                 fast_model, training_model, tables, others = prepare()
                 losses.append(evaluate(fast_model, data, starts, micro_batch, context, device, world)[0])

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import gc
 import hashlib
 import itertools
@@ -283,9 +284,10 @@ def test_what_is_not_the_runs_own_is_not_moved(tiny, tmp_path, monkeypatch):
         dict(kan_hidden=8, position="learned", qk_norm=True, qk_gain=1.0, norm="rmsnorm"),
     ],
 )
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_other_models_and_optimizers_learn(tiny, options, optimizer):
-    result = train.train(tiny(optimizer=optimizer, schedule="wsd", max_steps=40, learning_rate=1e-2, **options))
+@pytest.mark.parametrize("optimizer, table_optimizer", [("adamw", "adamw"), ("muon", "adamw"), ("muon", "muon")])
+def test_other_models_and_optimizers_learn(tiny, options, optimizer, table_optimizer):
+    how = dict(optimizer=optimizer, table_optimizer=table_optimizer, schedule="wsd", max_steps=40, learning_rate=1e-2)
+    result = train.train(tiny(**how, **options))
     assert result["val_loss"] < 2.9
 
 
@@ -295,6 +297,18 @@ def test_table_and_matrix_rates_are_apart(tiny):
     rates = {tuple(group["params"][0].shape)[1:]: (group["lr"], group["weight_decay"]) for group in adamw.param_groups}
     assert rates[(8, 16)] == (3e-4, 0.0)  # tables
     assert rates[(16,)] == (3e-3, 0.1) and rates[()] == (3e-3, 0.0)  # a matrix, a norm
+
+
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+@pytest.mark.parametrize("tables", ["adamw", "muon"])
+def test_each_optimizer_has_what_it_is_told(tiny, matrices, tables):
+    config = tiny(optimizer=matrices, table_optimizer=tables, muon_momentum=0.8)
+    optimizers = train.make_optimizers(GPT(config.model_config(30)), config, torch.device("cpu"))
+    has = {type(o): {p.dim() for group in o.param_groups for p in group["params"]} for o in optimizers}
+    by_muon = {dim for dim, kind in ((2, matrices), (3, tables)) if kind == "muon"}
+    assert has.get(muon.Muon, set()) == by_muon
+    assert has[torch.optim.AdamW] == {1, 2} | ({3} - by_muon)  # embeddings and norms always
+    assert all(group["momentum"] == 0.8 for group in optimizers[0].param_groups if by_muon)
 
 
 def test_schedules():
@@ -369,9 +383,9 @@ def test_muon_in_float32_is_torchs_without_rounding(monkeypatch):
     start = [torch.randn(20, 50), torch.randn(50, 20), torch.randn(1, 7)]
     made = []
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
-    for kind in (torch.optim.Muon, muon.CpuMuon):
+    for kind in (functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"), muon.Muon):
         matrices = [torch.nn.Parameter(p.clone()) for p in start]
-        optimizer = kind(matrices, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        optimizer = kind(matrices, lr=0.02, weight_decay=0.1, momentum=0.9)
         for seed in range(3):
             generator = torch.Generator().manual_seed(seed)
             for p in matrices:
@@ -384,6 +398,19 @@ def test_muon_in_float32_is_torchs_without_rounding(monkeypatch):
     assert torch.equal(theirs.state[want[0]]["momentum_buffer"], ours.state[got[0]]["momentum_buffer"])
 
 
+def test_muon_takes_a_table_as_one_matrix():
+    start, grads = torch.randn(6, 5, 4), torch.randn(2, 6, 5, 4)
+    found = []
+    for shape in ((6, 5, 4), (30, 4)):
+        p = torch.nn.Parameter(start.reshape(shape).clone())
+        optimizer = muon.Muon([p], lr=0.1, weight_decay=0.5)
+        for grad in grads:
+            p.grad = grad.reshape(shape)
+            optimizer.step()
+        found.append(p.detach().reshape(start.shape))
+    assert torch.equal(*found) and not torch.equal(found[0], start)
+
+
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (20, 20), (1, 7)])
 @pytest.mark.parametrize("decades", [0, 6])  # of singular values
 def test_muon_iterates_as_published(shape, decades):
@@ -391,16 +418,16 @@ def test_muon_iterates_as_published(shape, decades):
     rank = min(shape)
     left, right = (torch.linalg.qr(torch.randn(size, rank, dtype=torch.float64))[0] for size in shape)
     matrix = left * torch.logspace(0, -decades, rank, dtype=torch.float64) @ right.T
-    group = torch.optim.Muon([torch.nn.Parameter(matrix)]).param_groups[0]
+    published = torch.optim.Muon([torch.nn.Parameter(matrix)]).param_groups[0]
     want = matrix / matrix.norm()
-    for _ in range(group["ns_steps"]):
+    for _ in range(published["ns_steps"]):
         gram = want @ want.T
-        a, b, c = group["ns_coefficients"]
+        a, b, c = published["ns_coefficients"]
         want = (a * torch.eye(len(gram), dtype=torch.float64) + b * gram + c * gram @ gram) @ want
-    assert (muon.orthogonal(matrix, group) - want).abs().max() < 1e-12
-    assert (muon.orthogonal(matrix.float(), group) - want).abs().max() < 1e-3  # bfloat16 is 1e-2 off
+    assert (muon.orthogonal(matrix) - want).abs().max() < 1e-12
+    assert (muon.orthogonal(matrix.float()) - want).abs().max() < 1e-3  # bfloat16 is 1e-2 off
     for half in (matrix.bfloat16(), (1e4 * matrix).half()):  # of such parameters' gradients, by no less exact a way
-        assert torch.equal(muon.orthogonal(half, group), muon.orthogonal(half.float(), group))
+        assert torch.equal(muon.orthogonal(half), muon.orthogonal(half.float()))
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -408,28 +435,27 @@ def test_muon_iterates_as_published(shape, decades):
 def test_muon_multiplies_what_the_machine_can(monkeypatch, has, shape):
     """bfloat16 above 128 rows, where the CPU has it; singular values stay what that type lets them be."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
-    group = torch.optim.Muon([torch.nn.Parameter(torch.zeros(1, 1))]).param_groups[0]
     matrix = torch.randn(shape) * torch.logspace(0, -6, shape[1])  # all but singular, as gradients are
-    got, want = muon.orthogonal(matrix, group), muon.orthogonal(matrix.double(), group)
+    got, want = muon.orthogonal(matrix), muon.orthogonal(matrix.double())
     rounded = has and min(shape) > 128
     assert got.dtype == (torch.bfloat16 if rounded else torch.float32) and want.dtype == torch.float64
     assert (got - want).norm() < (0.3 if rounded else 3e-3) * want.norm()
     assert torch.linalg.matrix_norm(got.double(), 2) < 1.25
     if rounded:
         found = []
-        for kind in (muon.CpuMuon, torch.optim.Muon):
+        for kind in (muon.Muon, functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")):
             p = torch.nn.Parameter(torch.ones(shape))
             p.grad = matrix.clone()
-            kind([p], adjust_lr_fn="match_rms_adamw").step()
+            kind([p]).step()
             found.append(p.detach())
         assert torch.allclose(*found, rtol=1e-6) and not torch.equal(found[0], torch.ones(shape))
 
 
-@pytest.mark.parametrize("kind, expected", [("cpu", muon.CpuMuon), ("cuda", torch.optim.Muon)])
-def test_a_gpu_has_torchs_muon(kind, expected):
-    model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=8))
-    optimizers = train.make_optimizers(model, train.TrainConfig(optimizer="muon"), torch.device(kind))
-    assert type(optimizers[0]) is expected
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_muon_multiplies_bfloat16_on_a_gpu(dtype):
+    """As torch.optim.Muon; "meta" stands for any device that is no CPU."""
+    found = muon.orthogonal(torch.empty(8, 20, device="meta", dtype=dtype))
+    assert found.dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
 
 
 def test_compiled_training_is_the_same(tiny, capsys):
@@ -443,10 +469,13 @@ def test_bfloat16_training(tiny):
     assert 0 < abs(train.train(tiny("a", dtype="bfloat16"))["val_loss"] - train.train(tiny("b"))["val_loss"]) < 0.05
 
 
-def test_options_of_the_kan_are_named_where_an_mlp_ignores_them(tiny, capsys):
-    options = dict(max_steps=1, kan_control_points=7, kan_gate=True)
+def test_options_that_do_nothing_are_named(tiny, capsys):
+    options = dict(max_steps=1, kan_control_points=7, table_optimizer="muon", muon_momentum=0.9)
     train.train(tiny("mlp", mlp="swiglu", **options))
-    assert "ignored, since mlp = swiglu: kan_control_points, kan_gate\n" in capsys.readouterr().out
+    said = "ignored, since mlp = swiglu and optimizer = adamw: kan_control_points, table_optimizer, muon_momentum\n"
+    assert said in capsys.readouterr().out
+    train.train(tiny("adamw", max_steps=1, muon_momentum=0.9))
+    assert "ignored, since mlp = kan and optimizer = adamw: muon_momentum\n" in capsys.readouterr().out
     for run in (tiny("kan", **options), tiny("plain", mlp="swiglu", max_steps=1)):
         train.train(run)
         assert "ignored" not in capsys.readouterr().out
