@@ -47,8 +47,8 @@ def orthogonal(matrix):
     x = matrix.T if tall else matrix  # the smaller of the two products x x^T
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     # At 128 rows both types take as long: Zen 4, one thread.
-    on_cpu_exact = x.device.type == "cpu" and (len(x) <= 128 or not torch.cpu._is_avx512_bf16_supported())
-    rounded = x.dtype == torch.float32 and not on_cpu_exact
+    fast = x.device.type != "cpu" or (len(x) > 128 and torch.cpu._is_avx512_bf16_supported())
+    rounded = x.dtype == torch.float32 and fast
     x = x.bfloat16() if rounded else x
     x = x / x.norm().clamp(min=1e-7)
     if rounded:  # as torch.optim.Muon; what is saved below would let singular values grow to 5 and more
