@@ -181,7 +181,7 @@ def divide_batch(config, world):
 def make_optimizers(model, config, device):
     """AdamW for everything, or Muon (see muon.py) for the matrices inside the blocks, for the tables, or for both.
 
-    Every parameter group carries its peak learning rate; the loop scales all by one schedule.
+    Every parameter group carries its peak learning rate; the loop scales all by one schedule. Muon is the first.
     """
     parameters = model.parameter_groups()
     lr, decay = config.learning_rate, config.weight_decay
