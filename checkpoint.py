@@ -83,25 +83,19 @@ def find_in_run(out_dir, names):
     )
 
 
-KEYS = {
-    "model",
-    "train",
-    "tokenizer",
-    "step",
-    "best_val_loss",
-    "seconds",
-    "schedule_end",
-    "arithmetic",
-    "data_fingerprint",
-}
+TYPES = dict(model=dict, train=dict, tokenizer=dict, step=int, best_val_loss=float | None, seconds=float)
+TYPES.update(schedule_end=int, arithmetic=str, data_fingerprint=str)  # of what config.json must hold
 
 
 def read_info(folder):
     """config.json of a checkpoint folder."""
     try:
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(info, dict) or not set(info) >= KEYS:
+        if not isinstance(info, dict) or not set(info) >= set(TYPES):
             raise ValueError("it lacks what train.py writes")
+        for name, kind in TYPES.items():
+            if not isinstance(info[name], kind):
+                raise ValueError(f"{name} is {info[name]!r}")
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is damaged: {error}; {_remedy(folder)}") from None
     return info
