@@ -112,10 +112,9 @@ def test_curves_that_were_learned(script, trained, tmp_path):
 
 
 def test_a_network_without_its_data_is_drawn_with_a_warning(trained, tmp_path):
-    for name in ("gone", "other"):
+    for name, change in dict(gone=dict(train={"data": "gone"}), other=dict(data_fingerprint="other")).items():
         shutil.copytree(trained / "kan" / "best", tmp_path / name)
-        info = json.loads((tmp_path / name / "config.json").read_text())
-        info["data_fingerprint" if name == "other" else "train"] = {"data": "gone"}
+        info = {**json.loads((tmp_path / name / "config.json").read_text()), **change}
         (tmp_path / name / "config.json").write_text(json.dumps(info))
         with pytest.warns(UserWarning, match="no data set 'gone'" if name == "gone" else "other data than the run"):
             picture = plot.curves_figure(tmp_path / name, tmp_path / f"{name}.png", per_layer=3)

@@ -733,7 +733,7 @@ def test_changed_data_is_not_resumed(tiny, data_folder, tmp_path):
         ("optimizer.pt", lambda p: p.write_bytes(b"\x80\x02h\x07."), r"optimizer\.pt is damaged"),  # a KeyError
         ("config.json", lambda p: os.truncate(p, 100), r"config\.json is damaged"),
         ("config.json", lambda p: p.write_text("{}"), r"config\.json is damaged: it lacks"),
-        ("config.json", lambda p: p.write_text(p.read_text().replace('"step": 10', '"step": "10"')), "step is '10'"),
+        ("config.json", lambda p: p.write_text(p.read_text().replace('"step": 12', '"step": "12"')), "step is '12'"),
     ],
 )
 def test_damaged_checkpoints_are_named(tiny, name, change, message):
