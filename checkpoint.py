@@ -83,8 +83,9 @@ def find_in_run(out_dir, names):
     )
 
 
+# What config.json must hold.
 TYPES = dict(model=dict, train=dict, tokenizer=dict, step=int, best_val_loss=float | None, seconds=float)
-TYPES.update(schedule_end=int, arithmetic=str, data_fingerprint=str)  # of what config.json must hold
+TYPES.update(schedule_end=int, arithmetic=str, data_fingerprint=str)
 
 
 def read_info(folder):
