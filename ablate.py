@@ -126,6 +126,9 @@ class Plan:
         here = {name: value for name, value in self.cells[cell].items() if name not in ("arms", "tries")}
         return {**self.base, **here, **self.arms[arm].options, **extra}
 
+    def reference_steps(self, cell):
+        return make_config(self.options(cell, self.reference, {})).max_steps
+
 
 def read_plan(path):
     """The plan in a TOML file, checked; ValueError says what is wrong with it."""
@@ -452,8 +455,7 @@ class Runner:
         """The runs of one comparison, one a seed."""
         steps = None
         if measure == "seconds" and arm != self.plan.reference:
-            max_steps = make_config(self.plan.options(cell, self.plan.reference, {})).max_steps
-            steps = max(1, round(max_steps * speeds[self.plan.reference] / speeds[arm]))
+            steps = max(1, round(self.plan.reference_steps(cell) * speeds[self.plan.reference] / speeds[arm]))
         return [self.run(cell, arm, seed, extra, steps) for seed in self.plan.seeds]
 
     def make_cell(self, cell):
@@ -583,7 +585,7 @@ def report(runner, compared):
     if summary and plan.baselines:
         head = ["cell", *(f"{arm}, equal {m}" for m in MEASURES for arm in free_arms(plan, m))]
         parts.append("## Against the best baseline\n\n" + markdown(head, summary))
-    parts += fits(compared)
+    parts += fits(plan, compared)
     head = "arm, parameters, tried best, steps, ms, tokens/s, Mflop/token, peak MB, seconds, loss, against".split(", ")
     for (cell, measure), rows in compared.items():
         lines = [line_of(plan, (cell, measure), row, rows) for row in rows]
@@ -627,15 +629,16 @@ def free_arms(plan, measure):
     return [name for name, arm in plan.arms.items() if name not in plan.baselines and measure in arm.equal]
 
 
-def fits(compared):
-    """Where cells of one corpus have three sizes or more: loss = a * parameters^-b, a * seconds^-b by least squares."""
+def fits(plan, compared):
+    """Where cells of one corpus, with as many steps of the reference, have three sizes or more: loss = a *
+    parameters^-b, a * seconds^-b by least squares."""
     groups, lines = {}, []
-    for (_, measure), rows in compared.items():
+    for (cell, measure), rows in compared.items():
         for row in (row for row in rows if row.mean < math.inf):
             run = row.runs[0]
             point = run["parameters"]["non_embedding"], run["steps"] * row.ms / 1e3, row.mean
             corpus = run["options"].get("data", TrainConfig.data)
-            groups.setdefault((corpus, measure, row.arm), []).append(point)
+            groups.setdefault((corpus, measure, f"{plan.reference_steps(cell):,}", row.arm), []).append(point)
     for group, points in groups.items():
         sizes, seconds, losses = zip(*points)
         if len(set(sizes)) >= 3:
@@ -643,7 +646,8 @@ def fits(compared):
             lines.append([*group, f"{a:.3f} P^-{b:.4f}", f"{c:.3f} s^-{d:.4f}", f"{b * math.log(2):.4f}"])
     if not lines:
         return []
-    head = ["corpus", "equal", "arm", "loss by parameters P", "loss by seconds s", "a doubling of P lowers log loss by"]
+    head = ["corpus", "equal", "the reference's steps", "arm", "loss by parameters P", "loss by seconds s"]
+    head.append("a doubling of P lowers log loss by")
     return ["## Fits over sizes\n\nP: parameters that are not embeddings.\n\n" + markdown(head, lines)]
 
 

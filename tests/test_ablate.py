@@ -246,15 +246,14 @@ def test_in_equal_seconds_alone_an_arm_may_have_its_own_batch(plan, tmp_path):
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Steps take a millisecond, losses are the learning rate's, and nothing is trained."""
+    """Steps take a millisecond, losses are the learning rate's, steps and parameters n_embd's; nothing is trained."""
 
     def make(runner, runs):
         for run in runs:
-            loss = run.options["learning_rate"] + run.seed
-            result = dict(
-                vars(run), val_loss=loss if loss < 1e9 else None, steps=1, batch_tokens=128, curve=[[1, loss]]
-            )
-            result.update(parameters=dict(total=9, non_embedding=9), flops_per_token=dict(other=9))
+            loss, size = run.options["learning_rate"] + run.seed, run.options["n_embd"]
+            result = dict(vars(run), val_loss=loss if loss < 1e9 else None, steps=size, batch_tokens=128)
+            result.update(parameters=dict(total=9, non_embedding=size), flops_per_token=dict(other=9))
+            result.update(curve=[[1, loss]])
             runner.results["runs"][run.key] = result
         runner.save()
 
@@ -277,6 +276,15 @@ def test_every_cell_that_was_made_is_in_the_tables(plan, tmp_path, made_up, recw
     ablate.main([plan(*changes, renamed), f"--out={tmp_path}", "--cells=short"])
     assert "## far_away, equal seconds" in (text := (tmp_path / "plan.md").read_text()) and "## gone" not in text
     assert "gone is left out of the tables: no data set 'nowhere'" in "".join(str(w.message) for w in recwarn)
+
+
+def test_a_fit_is_of_cells_with_as_many_steps(plan, tmp_path, made_up):
+    sizes = "".join(f"[cells.wide_{C}]\nn_embd = {C}\n" for C in (16, 32, 64))
+    longer = "".join(f"[cells.longer_{C}]\nn_embd = {C}\nmax_steps = 50\n" for C in (16, 128))
+    changes = ("[base]", "[base]\nlearning_rate = 1e-3"), ("[arms.relu2]", f"{sizes}{longer}[arms.relu2]")
+    ablate.main([plan(*changes), f"--out={tmp_path}"])
+    fitted = (tmp_path / "plan.md").read_text().partition("## Fits over sizes")[2].partition("##")[0]
+    assert all(f" | {measure} | 12 | kan | " in fitted for measure in ablate.MEASURES) and " | 50 | " not in fitted
 
 
 def test_an_arm_that_always_diverges_is_a_row_and_no_baseline(plan, tmp_path, made_up):
