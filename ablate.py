@@ -634,11 +634,12 @@ def fits(plan, compared):
     parameters^-b, a * seconds^-b by least squares."""
     groups, lines = {}, []
     for (cell, measure), rows in compared.items():
+        budget = f"{plan.reference_steps(cell):,}"
         for row in (row for row in rows if row.mean < math.inf):
             run = row.runs[0]
             point = run["parameters"]["non_embedding"], run["steps"] * row.ms / 1e3, row.mean
             corpus = run["options"].get("data", TrainConfig.data)
-            groups.setdefault((corpus, measure, f"{plan.reference_steps(cell):,}", row.arm), []).append(point)
+            groups.setdefault((corpus, measure, budget, row.arm), []).append(point)
     for group, points in groups.items():
         sizes, seconds, losses = zip(*points)
         if len(set(sizes)) >= 3:
