@@ -111,7 +111,7 @@ def forward_kernel(
         at_x, at_table = tl.arange(0, BM)[:, None] * F + f[None, :], (k % BF * N + k // BF)[:, None] * O + o[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     steps = tl.cdiv(last - first, BF) * groups
-    if TMA:  # at least one, as it is anyway: not knowing it, ptxas waits for every product (1.2 times as long)
+    if TMA or TF32:  # at least one, as it is anyway: not knowing it, ptxas waits for every product (1.2 times as long)
         steps = tl.maximum(steps, 1)
     for step in range(steps):
         f0, n0 = first + step // groups * BF, step % groups * KN
@@ -173,12 +173,12 @@ def table_gradient_kernel(
         a = hat(u, rise[None, :, None], rise_from[None, :, None], fall[None, :, None], fall_from[None, :, None])
         acc = multiply(tl.reshape(a.to(c.dtype), (BM, BK)), c, acc, TF32)
     r = tl.arange(0, BM)[:, None]
-    f, n = f0 + r // KN, n0 + r % KN
     if late:
         tl.store(sums + ((pid - whole).to(tl.int64) * BM + r) * BN + tl.arange(0, BN)[None, :], acc)
     else:
-        to = out + (f.to(tl.int64) * N + n) * O + o[None, :]
-        tl.store(to, acc.to(out.dtype.element_ty), mask=(f < F) & (n < N) & there)
+        # Within a tile 32 bits are enough (see launch); with 64 it spills on sm_100.
+        to = out + (f0.to(tl.int64) * N + n0) * O + ((r // KN * N + r % KN) * O + o[None, :])
+        tl.store(to, acc.to(out.dtype.element_ty), mask=(r < (F - f0) * KN) & (r % KN < N - n0) & there)
 
 
 @triton.jit
@@ -220,8 +220,9 @@ def input_gradient_tile(
         g += row.to(tl.int64) * BM * O
         slopes += (f0.to(tl.int64) * (N - 1) + n0) * O
         at_g = tl.arange(0, BM)[:, None] * O + o[None, :]
-        at_slopes = (k % BF * (N - 1) + k // BF)[None, :] * O + o[:, None]
-        there = ((f0 + k % BF < F) & (n0 + k // BF < N - 1))[None, :]
+        # Outside whatever is there: no token keeps it, and a mask would make it spill on sm_80.
+        f, n = tl.minimum(k % BF, F - 1 - f0), tl.minimum(k // BF, N - 2 - n0)
+        at_slopes = (f * (N - 1) + n)[None, :] * O + o[:, None]
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, O, BK):
         if TMA:
@@ -230,7 +231,7 @@ def input_gradient_tile(
         else:
             inside = start + o < O
             c = tl.load(g + start + at_g, mask=(b < B)[:, None] & inside[None, :], other=0.0)
-            s = tl.load(slopes + start + at_slopes, mask=there & inside[:, None], other=0.0)
+            s = tl.load(slopes + start + at_slopes, mask=inside[:, None], other=0.0)
         acc = multiply(c, s, acc, TF32)
     f, n = f0 + tl.arange(0, BF), n0 + tl.arange(0, KN)
     at, inside = b.to(tl.int64)[:, None] * F + f[None, :], (b < B)[:, None] & (f < F)[None, :]
@@ -327,7 +328,7 @@ CHOICES = {
         config(4, 3, BM=64, BN=128, BK=64),
     ],
     (forward_kernel, TF32): [config(8, 3, BM=128, BN=128, BK=32)],
-    (forward_kernel, FULL): [config(4, 2, BM=64, BN=64, BK=16)],
+    (forward_kernel, FULL): [config(8, 2, BM=128, BN=64, BK=16)],
     (table_gradient_kernel, HALF): [
         config(8, 3, BM=128, BN=256, BK=64, PER_SM=1),  # PER_SM: programs a multiprocessor holds at once
         config(8, 4, BM=128, BN=256, BK=64, PER_SM=1),
@@ -335,7 +336,7 @@ CHOICES = {
         config(4, 3, BM=64, BN=128, BK=64, PER_SM=2),
     ],
     (table_gradient_kernel, TF32): [config(8, 3, BM=128, BN=128, BK=32, PER_SM=1)],
-    (table_gradient_kernel, FULL): [config(4, 2, BM=64, BN=64, BK=16, PER_SM=2)],
+    (table_gradient_kernel, FULL): [config(4, 3, BM=64, BN=64, BK=16, PER_SM=2)],
     (input_gradient_kernel, HALF): [
         config(8, 3, BM=128, BN=256, BK=64, PER_SM=1),
         config(8, 3, BM=256, BN=128, BK=64, PER_SM=1),
@@ -343,7 +344,7 @@ CHOICES = {
         config(4, 4, BM=64, BN=128, BK=64, PER_SM=2),
     ],
     (input_gradient_kernel, TF32): [config(8, 3, BM=128, BN=128, BK=32, PER_SM=1)],
-    (input_gradient_kernel, FULL): [config(4, 2, BM=64, BN=64, BK=16, PER_SM=2)],
+    (input_gradient_kernel, FULL): [config(8, 2, BM=64, BN=64, BK=16, PER_SM=2)],
 }
 ADD, SLOPES = 128, 1024
 
@@ -424,7 +425,7 @@ def fits(kernel, chosen, major):
     tile, small = chosen.kwargs, chosen.num_warps == 4
     if major == 8:  # what spills there
         if kernel is forward_kernel:
-            return tile["BN"] == 128
+            return tile["BN"] <= 128
         if kernel is table_gradient_kernel:
             return not (small and tile["BN"] == 256)
         return tile["BM"] < 128 or (tile["BM"] == 128 and not small)
@@ -469,8 +470,13 @@ def launch(kernel, kind, grid, *arguments, **constants):
     """Run a kernel and return all its constants; grid is a function of all sizes by their names.
 
     What was chosen is kept here for arguments like these: asking Triton's tuner takes longer than a small kernel.
+    Raises ValueError for tables of 2**26 numbers a feature or more.
     """
     device, sizes = arguments[0].device, dict(zip(kernel.arg_names, arguments))
+    if (numbers := constants["N"] * sizes["O"]) >= 2**26:  # places within a tile, of 32 features at most, have 32 bits
+        raise ValueError(
+            f"impl='triton' is for less than {2**26} numbers a feature, got {numbers}; use 'embedding_bag'"
+        )
     bucket, constants = 1 << max(0, sizes["B"] - 1).bit_length(), dict(constants, TF32=kind == TF32)
     tma = kind == HALF and capability(device) >= 9 and all(describable(sizes[name]) for name in BOXES[kernel])
     key = kernel.__name__, device, tma, *(a.dtype if isinstance(a, Tensor) else a for a in arguments)

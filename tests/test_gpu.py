@@ -309,6 +309,9 @@ def test_mistakes(monkeypatch):
     layer, x = layers()
     with pytest.raises(ValueError, match=r"float32 at most, got x in torch\.float64"):
         layer.double()(x.double())
+    with pytest.raises(ValueError, match=r"less than 67108864 numbers a feature, got 67108864; use 'embedding_bag'"):
+        g, one = (torch.empty(1, size, device=DEVICE) for size in (2**25, 1))
+        gpu.table_gradient(g, one, 2, 4.0, torch.float32, tf32=False)
     monkeypatch.setattr(kan_kernels, "load_gpu", lambda: "there is no CUDA device")
     kan_kernels.warn_once.cache_clear()
     with (
@@ -339,9 +342,10 @@ def python(*arguments):
     )
 
 
-@pytest.mark.parametrize("N", [8, 7])
+@pytest.mark.parametrize("N", [8, 13])  # tiles of 8 knots; two of them with some unused, and of 4 intervals
 def test_every_tile_compiles_for_every_device(N, monkeypatch):
     monkeypatch.setattr(gpu, "CHOICES", ALL_TILES)
+    assert all(gpu.choices(*key, sm // 10) for key in ALL_TILES for sm in aot.SHARED)
     process = python("-m", "kan_kernels.aot", "--points", str(N))
     assert process.returncode == 0, process.stdout + process.stderr
     assert f"{len(list(aot.everything(aot.SHARED, N)))} kernels, 0 with something wrong" in process.stdout
