@@ -425,7 +425,7 @@ def fits(kernel, chosen, major):
     tile, small = chosen.kwargs, chosen.num_warps == 4
     if major == 8:  # what spills there
         if kernel is forward_kernel:
-            return tile["BN"] <= 128
+            return tile["BN"] != 256
         if kernel is table_gradient_kernel:
             return not (small and tile["BN"] == 256)
         return tile["BM"] < 128 or (tile["BM"] == 128 and not small)
@@ -435,7 +435,9 @@ def fits(kernel, chosen, major):
 
 
 def choices(kernel, kind, major):
-    return [chosen for chosen in CHOICES[kernel, kind] if fits(kernel, chosen, major)]
+    found = [chosen for chosen in CHOICES[kernel, kind] if fits(kernel, chosen, major)]
+    assert found, f"no tile of {kernel.fn.__name__} in {kind} for sm_{major}0"
+    return found
 
 
 @functools.cache
@@ -470,13 +472,13 @@ def launch(kernel, kind, grid, *arguments, **constants):
     """Run a kernel and return all its constants; grid is a function of all sizes by their names.
 
     What was chosen is kept here for arguments like these: asking Triton's tuner takes longer than a small kernel.
-    Raises ValueError for tables of 2**26 numbers a feature or more.
+    Raises ValueError for sizes with which a place within a tile, of 64 features or 256 tokens at most, needs more than
+    32 bits.
     """
     device, sizes = arguments[0].device, dict(zip(kernel.arg_names, arguments))
-    if (numbers := constants["N"] * sizes["O"]) >= 2**26:  # places within a tile, of 32 features at most, have 32 bits
-        raise ValueError(
-            f"impl='triton' is for less than {2**26} numbers a feature, got {numbers}; use 'embedding_bag'"
-        )
+    N, F, O = constants["N"], sizes["F"], sizes["O"]
+    if max(64 * N * O, 256 * O, 256 * F) >= 2**31:
+        raise ValueError(f"impl='triton' is not for {F} x {N} x {O}, which overflows in a tile; use 'embedding_bag'")
     bucket, constants = 1 << max(0, sizes["B"] - 1).bit_length(), dict(constants, TF32=kind == TF32)
     tma = kind == HALF and capability(device) >= 9 and all(describable(sizes[name]) for name in BOXES[kernel])
     key = kernel.__name__, device, tma, *(a.dtype if isinstance(a, Tensor) else a for a in arguments)

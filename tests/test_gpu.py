@@ -309,9 +309,10 @@ def test_mistakes(monkeypatch):
     layer, x = layers()
     with pytest.raises(ValueError, match=r"float32 at most, got x in torch\.float64"):
         layer.double()(x.double())
-    with pytest.raises(ValueError, match=r"less than 67108864 numbers a feature, got 67108864; use 'embedding_bag'"):
-        g, one = (torch.empty(1, size, device=DEVICE) for size in (2**25, 1))
-        gpu.table_gradient(g, one, 2, 4.0, torch.float32, tf32=False)
+    for N, O in ((2, 2**23), (8, 2**22)):
+        with pytest.raises(ValueError, match=f"not for 1 x {N} x {O}, which overflows in a tile; use 'embedding_bag'"):
+            g, one = (torch.empty(1, size, device=DEVICE) for size in (O, 1))
+            gpu.table_gradient(g, one, N, 4.0, torch.float32, tf32=False)
     monkeypatch.setattr(kan_kernels, "load_gpu", lambda: "there is no CUDA device")
     kan_kernels.warn_once.cache_clear()
     with (
