@@ -417,7 +417,8 @@ class Step:
 
     def run(self):
         marks = [now(self.device)]
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.device != "cpu"):
+        rounded = self.device != "cpu" or self.config.dtype == "bfloat16"
+        with torch.autocast(self.device, torch.bfloat16, enabled=rounded):
             loss = self.fast(self.inputs, self.targets)[1]
         marks.append(now(self.device))
         loss.backward()
@@ -457,13 +458,19 @@ def models(options):
         "gelu MLP": Step("shakespeare_char_cpu_mlp.toml"),
         "swiglu MLP": Step("shakespeare_char_cpu_mlp.toml", mlp="swiglu"),
     }
+    if torch.cpu._is_avx512_bf16_supported():  # hundreds of times slower on some of the others
+        rounded = dict(dtype="bfloat16")
+        steps["KAN, N = 7, gate, whitened, bfloat16"] = Step("shakespeare_char_cpu_kan.toml", **recipe, **rounded)
+        steps["gelu MLP, bfloat16"] = Step("shakespeare_char_cpu_mlp.toml", **rounded)
+        steps["swiglu MLP, bfloat16"] = Step("shakespeare_char_cpu_mlp.toml", mlp="swiglu", **rounded)
     start = time.perf_counter()
     while time.perf_counter() - start < 30 * options.seconds:
         for step in steps.values():
             step.run()
     rows, mlp = [], steps["gelu MLP"]
     for name, step in steps.items():
-        saved = saved_bytes(step.model.transformer.h[0], step.config.n_embd)
+        dtype = torch.bfloat16 if step.config.dtype == "bfloat16" else torch.float32
+        saved = saved_bytes(step.model.transformer.h[0], step.config.n_embd, dtype=dtype)
         milliseconds = [part * 1e3 for part in step.parts.values()]
         rows.append((name, *milliseconds, mlp.parts["step"] / step.parts["step"], step.bytes / 1e6, f"{saved:.0f}"))
     print("A training step of the CPU Shakespeare pair: 768 tokens, 4 layers, 128 wide")

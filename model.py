@@ -132,7 +132,8 @@ class KAN(nn.Module):
             self.fc, self.ln = KANLayer(C, H, "random_normal", **options), make_norm(config, H)
         self.proj = KANLayer(H or C, C, config.kan_init, **options)
         self.c_gate = nn.Linear(C, C, bias=False) if config.kan_gate else None
-        self.beside = MLP(replace(config, mlp="swiglu", mlp_hidden=4 * C // 3)) if config.kan_swiglu else None
+        swiglu = replace(config, mlp="swiglu", mlp_hidden=0)
+        self.beside = MLP(replace(swiglu, mlp_hidden=swiglu.mlp_size // 2)) if config.kan_swiglu else None
         self.dropout = nn.Dropout(config.dropout)
         self.two_layers = H > 0
 
@@ -225,7 +226,9 @@ class GPTConfig:
 
     @property
     def mlp_size(self):
-        return self.mlp_hidden or (8 * self.n_embd // 3 if self.mlp == "swiglu" else 4 * self.n_embd)
+        """mlp_hidden, or for a large swiglu 8/3 * n_embd rounded up to a multiple of 8, which matrix units like."""
+        size = self.mlp_hidden or (8 * self.n_embd // 3 if self.mlp == "swiglu" else 4 * self.n_embd)
+        return size if self.mlp_hidden or self.n_embd < 512 else math.ceil(size / 8) * 8
 
     @property
     def padded_vocab_size(self):

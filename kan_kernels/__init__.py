@@ -13,10 +13,11 @@ that positions t are rounded to bfloat16 too, which makes a few tokens 1.4 times
 
     attention(qkv, heads, cos=None, sin=None, qk_norm=False, gain=None, past=None) -> y
 
-of qkv (B, T, 3 C), one after the other what the heads of q, k and v have, and y (B, T, C), in float32, causal: what
+of qkv (B, T, 3 C), one after the other what the heads of q, k and v have, and y (B, T, C) of its type, causal: what
 model.py says in PyTorch's operators, rotary positions by cos and sin (T, C / heads), QK-norm and gains of q, (heads,),
-included; gradients are of qkv and gain. With past, a cache's (keys, values, start), of (B, heads, S, C / heads) both,
-qkv's tokens follow the start that it holds, and are added to it; there is no gradient.
+included, in float32 whatever comes in; gradients are of qkv and gain. With past, a cache's (keys, values, start), of
+(B, heads, S, C / heads) both and in float32 as qkv, qkv's tokens follow the start that it holds, and are added to it;
+there is no gradient.
 
     cross_entropy(logits, targets) -> loss
 
@@ -170,7 +171,7 @@ def load():
 
     @torch.library.register_fake("splinegpt_cpu::cross_entropy")
     def _(logits, targets):
-        return logits.new_empty(()), logits.new_empty(targets.shape)
+        return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), targets.shape))
 
     @torch.library.register_fake("splinegpt_cpu::cross_entropy_backward")
     def _(g, logits, targets, lse):
@@ -255,11 +256,13 @@ def change_basis(matrix, p):
 
 
 def has_attention(qkv, past=None):
-    """Whether attention() is the one to use: of float32, and up to 2,048 tokens, beyond which PyTorch's is faster
-    (Zen 3). With past only under no_grad or inference_mode, and not compiled."""
-    if qkv.dtype != torch.float32 or qkv.shape[1] > 2048:
+    """Whether attention() is the one to use: not of float64, and up to 2,048 tokens, beyond which PyTorch's is faster
+    (Zen 3). With past only of float32, under no_grad or inference_mode, and not compiled."""
+    if qkv.dtype == torch.float64 or qkv.shape[1] > 2048:
         return False
-    if past is not None and (torch.is_grad_enabled() or torch.compiler.is_compiling() or past[0].dtype != qkv.dtype):
+    if past is not None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        return False
+    if past is not None and not past[0].dtype == qkv.dtype == torch.float32:
         return False
     return in_place_of_pytorch(qkv)
 
@@ -267,7 +270,8 @@ def has_attention(qkv, past=None):
 def attention(qkv, heads, cos=None, sin=None, qk_norm=False, gain=None, past=None):
     if past is not None:
         return torch.ops.splinegpt_cpu.attention_cached(qkv, heads, cos, sin, qk_norm, gain, *past)
-    return torch.ops.splinegpt_cpu.attention(qkv, heads, cos, sin, qk_norm, gain)
+    gain = gain if gain is None else gain.float()
+    return torch.ops.splinegpt_cpu.attention(qkv.float(), heads, cos, sin, qk_norm, gain).to(qkv.dtype)
 
 
 def cross_entropy(logits, targets):
@@ -276,5 +280,6 @@ def cross_entropy(logits, targets):
     When compiling it is PyTorch's own, which the compiler fuses, and of float64, where it has second derivatives.
     """
     if logits.dtype != torch.float64 and not torch.compiler.is_compiling() and in_place_of_pytorch(logits):
-        return torch.ops.splinegpt_cpu.cross_entropy(logits.float(), targets)[0]
+        logits = logits if logits.dtype == torch.bfloat16 else logits.float()
+        return torch.ops.splinegpt_cpu.cross_entropy(logits, targets)[0]
     return F.cross_entropy(logits.float(), targets)

@@ -7,10 +7,12 @@ Cross-entropy on a CPU, from logits to the loss and back:
 PyTorch writes all log-probabilities, keeps them for the backward, and there fills another such matrix with zeros but for
 one number a row. Here M numbers are kept: with GPT-2's vocabulary, 4 layers of 128, a quarter to a third less memory and
 a step that takes 0.86 to 0.9 of the time (Zen 3, AVX2, one thread). As there, a target of -100 does not count. Threads
-split the rows and one makes the sum over them: the loss does not depend on their number.
+split the rows and one makes the sum over them: the loss does not depend on their number. Logits in bfloat16, as
+autocast makes them, are read as they are and all sums are float32.
 
 Legend
     M tokens, V vocabulary size    logits (M, V)    targets, lse (M)    L numbers in a vector
+    T number type of the logits (float or BFloat16)
 */
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -33,13 +35,13 @@ constexpr int64_t IGNORED = -100;
 constexpr double WORK = 8;  // of a logit, in multiply-adds
 
 // What a row has after its last whole vector, n numbers; -inf, whose exponential is 0, for those it lacks.
-INLINE Vector rest_of(const float* row, int64_t n) {
+template <class T> INLINE Vector rest_of(const T* row, int64_t n) {
   Vector rest = broadcast(-std::numeric_limits<float>::infinity());
-  if (n) memcpy(&rest, row, n * sizeof(float));
+  for (int64_t v = 0; v < n; v++) ((float*)&rest)[v] = row[v];
   return rest;
 }
 
-float log_sum_exp(const float* row, int64_t V) {
+template <class T> float log_sum_exp(const T* row, int64_t V) {
   const int64_t whole = V / L * L;
   const Vector rest = rest_of(row + whole, V - whole);
   Vector most = rest;
@@ -54,7 +56,7 @@ float log_sum_exp(const float* row, int64_t V) {
 }
 
 // to = scale * exp(row - lse)
-void probabilities(const float* row, int64_t V, float lse, float scale, float* to) {
+template <class T> void probabilities(const T* row, int64_t V, float lse, float scale, float* to) {
   const int64_t whole = V / L * L;
   for (int64_t v = 0; v < whole; v += L) store(to + v, scale * exp_of(load<float>(row + v) - lse));
   const Vector rest = scale * exp_of(rest_of(row + whole, V - whole) - lse);
@@ -63,8 +65,9 @@ void probabilities(const float* row, int64_t V, float lse, float scale, float* t
 
 // How many targets count.
 int64_t check(const Tensor& logits, const Tensor& targets) {
-  TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0 && logits.scalar_type() == at::kFloat,
-              "cross_entropy: logits must be (M, V) in float32, got ", logits.sizes(), " in ", logits.scalar_type());
+  const auto type = logits.scalar_type();
+  TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0 && (type == at::kFloat || type == at::kBFloat16),
+              "cross_entropy: logits must be (M, V) in float32 or bfloat16, got ", logits.sizes(), " in ", type);
   TORCH_CHECK(targets.dim() == 1 && targets.size(0) == logits.size(0) && targets.scalar_type() == at::kLong,
               "cross_entropy: targets must be (", logits.size(0), ",) in int64, got ", targets.sizes(), " in ",
               targets.scalar_type());
@@ -79,20 +82,53 @@ int64_t check(const Tensor& logits, const Tensor& targets) {
   return counted;
 }
 
+template <class T> float forward(const T* x, const int64_t* target, int64_t M, int64_t V, int64_t counted, float* lse) {
+#pragma omp parallel for schedule(static) num_threads(thread_count(WORK * M * V))
+  for (int64_t m = 0; m < M; m++) lse[m] = log_sum_exp(x + m * V, V);
+  double total = 0;
+  for (int64_t m = 0; m < M; m++)
+    if (target[m] != IGNORED) total += lse[m] - x[m * V + target[m]];
+  return total / counted;
+}
+
+// scale: of what a token's gradient is the difference
+template <class T>
+void backward(const T* x, const int64_t* target, const float* lse, int64_t M, int64_t V, float scale, T* dx) {
+#pragma omp parallel num_threads(thread_count(WORK * M * V))
+  {
+    own.clear();
+    float* scratch = own.take<float>(std::is_same_v<T, float> ? 0 : round_up(V, L));
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < M; m++) {
+      T* to = dx + m * V;
+      if (target[m] == IGNORED) {
+        memset(to, 0, V * sizeof(T));
+        continue;
+      }
+      float* row = scratch;
+      if constexpr (std::is_same_v<T, float>) row = to;
+      probabilities(x + m * V, V, lse[m], scale, row);
+      row[target[m]] -= scale;
+      if constexpr (!std::is_same_v<T, float>) {
+        int64_t v = 0;
+        for (; v + L <= V; v += L) store(to + v, load<float>(row + v));
+        for (; v < V; v++) to[v] = row[v];
+      }
+    }
+  }
+}
+
 // (loss, lse)
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits_, const Tensor& targets_) {
   const Tensor logits = logits_.contiguous(), targets = targets_.contiguous();
   const int64_t counted = check(logits, targets), M = logits.size(0), V = logits.size(1);
-  Tensor loss = at::empty({}, logits.options()), lse = at::empty({M}, logits.options());
-  const float* x = logits.const_data_ptr<float>();
-  const int64_t* target = targets.const_data_ptr<int64_t>();
-  float* sums = lse.data_ptr<float>();
-#pragma omp parallel for schedule(static) num_threads(thread_count(WORK * M * V))
-  for (int64_t m = 0; m < M; m++) sums[m] = log_sum_exp(x + m * V, V);
-  double total = 0;
-  for (int64_t m = 0; m < M; m++)
-    if (target[m] != IGNORED) total += sums[m] - x[m * V + target[m]];
-  *loss.data_ptr<float>() = total / counted;
+  const auto options = logits.options().dtype(at::kFloat);
+  Tensor loss = at::empty({}, options), lse = at::empty({M}, options);
+  const auto run = [&](auto t) {
+    const auto* x = logits.const_data_ptr<decltype(t)>();
+    *loss.data_ptr<float>() = forward(x, targets.const_data_ptr<int64_t>(), M, V, counted, lse.data_ptr<float>());
+  };
+  logits.scalar_type() == at::kFloat ? run(float()) : run(c10::BFloat16());
   return {loss, lse};
 }
 
@@ -104,20 +140,13 @@ Tensor cross_entropy_backward(const Tensor& g, const Tensor& logits_, const Tens
               "cross_entropy_backward: g must be one number and lse (", M, ",), in float32, got ", g.sizes(), " and ",
               lse.sizes());
   Tensor d = at::empty(logits.sizes(), logits.options());
-  const float *x = logits.const_data_ptr<float>(), *sums = lse.const_data_ptr<float>();
-  const int64_t* target = targets.const_data_ptr<int64_t>();
   const float scale = *g.const_data_ptr<float>() / counted;
-  float* dx = d.data_ptr<float>();
-#pragma omp parallel for schedule(static) num_threads(thread_count(WORK * M * V))
-  for (int64_t m = 0; m < M; m++) {
-    float* row = dx + m * V;
-    if (target[m] == IGNORED) {
-      memset(row, 0, V * sizeof(float));
-    } else {
-      probabilities(x + m * V, V, sums[m], scale, row);
-      row[target[m]] -= scale;
-    }
-  }
+  const auto run = [&](auto t) {
+    using T = decltype(t);
+    backward(logits.const_data_ptr<T>(), targets.const_data_ptr<int64_t>(), lse.const_data_ptr<float>(), M, V, scale,
+             d.data_ptr<T>());
+  };
+  logits.scalar_type() == at::kFloat ? run(float()) : run(c10::BFloat16());
   return d;
 }
 

@@ -2,6 +2,7 @@
 // how many threads.
 #pragma once
 #include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
 #include <sys/mman.h>
 
 #include <cstdint>
@@ -57,6 +58,14 @@ template <class S, class T> INLINE vec<S> load(const T* p) {
     typedef uint32_t whole __attribute__((vector_size(VECTOR_BYTES)));
     return (vec<S>)(__builtin_convertvector(*(const half*)p, whole) << 16);
   }
+}
+
+// Numbers as bfloat16, to the nearest, of two the even one; NaN stays NaN.
+INLINE void store(c10::BFloat16* p, vec<float> v) {
+  typedef uint16_t half __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+  typedef uint32_t whole __attribute__((vector_size(VECTOR_BYTES)));
+  const whole bits = (whole)v, upper = bits >> 16, rounded = (bits + 0x7fff + (upper & 1)) >> 16;
+  *(half*)p = __builtin_convertvector(v == v ? rounded : upper | 64, half);
 }
 
 // All numbers of a vector as one: op of a half and the other, until one is left.

@@ -304,11 +304,38 @@ def test_what_it_is_not_for_goes_the_other_way(monkeypatch):
     with torch.no_grad():
         assert plain(x, rotation, KVCache(config(), 2, "cpu", torch.bfloat16)).dtype == torch.float32
     assert plain.double()(x.double(), rotation).dtype == torch.float64
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert plain.float()(x, rotation).dtype == torch.bfloat16
+    plain.float()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert plain(x, rotation, cache).dtype == torch.bfloat16  # the cache is of another type
     long = torch.randn(1, 2049, 24)
     assert plain(long).shape == long.shape
     assert plain.to("meta")(x.to("meta"), [t.to("meta") for t in rotation]).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", [dict(), dict(qk_norm=True, qk_gain=1.5)])
+def test_shorter_types_are_computed_in_float32(dtype, norm, monkeypatch):
+    """Only what comes in, goes out and comes back is rounded: its gradients are those of float32, rounded."""
+    layer = CausalSelfAttention(config(**norm), 0)
+    if layer.q_gain is not None:
+        torch.nn.init.constant_(layer.q_gain, 1.5)
+    qkv, g, *rotation = make(2, 40, layer.n_head, 24 // layer.n_head, True)
+    qkv, g = qkv.to(dtype), g.to(dtype)
+    options = (layer.n_head, *rotation, layer.qk_norm, kan_kernels.attention)
+    gain = None if layer.q_gain is None else layer.q_gain.detach()
+    got, want = both(qkv, g, *options, gain), both(qkv.float(), g.float(), *options, gain)
+    for a, b, kind in zip(got, want, (dtype, dtype, torch.float32), strict=False):
+        assert a.dtype == kind
+        assert torch.equal(a, b.to(kind))
+    if gain is not None:
+        gains = both(qkv, g, *options, gain.to(dtype))[2]
+        assert gains.dtype == dtype
+
+    calls = []
+    monkeypatch.setattr(kan_kernels, "attention", lambda *a, **k: calls.append(a) or a[0][..., :24])
+    with torch.autocast("cpu", dtype=dtype):
+        assert layer(torch.randn(2, 5, 24), angles(5, 24 // layer.n_head)).dtype == dtype
+    assert calls[0][0].dtype == dtype
 
 
 def test_turned_as_model_py_turns():

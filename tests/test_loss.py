@@ -51,6 +51,20 @@ def test_any_shape_matches_the_reference(M, V, scale, ignored, g, threads, seed)
     )
 
 
+@pytest.mark.parametrize("V", [5, 40, 256])
+def test_of_bfloat16_only_the_gradient_is_rounded(V):
+    logits, targets = make(33, V, scale=3.0, ignored=0.2)
+    logits = logits.bfloat16()
+    loss, grad = both(logits, targets, kan_kernels.cross_entropy, 0.3)
+    want, want_grad = both(logits.float(), targets, kan_kernels.cross_entropy, 0.3)
+    assert loss.dtype == torch.float32 and grad.dtype == torch.bfloat16
+    assert torch.equal(loss, want) and torch.equal(grad, want_grad.bfloat16())
+    logits[1, 2] = torch.nan
+    targets[1] = 3
+    loss, grad = both(logits, targets, kan_kernels.cross_entropy)
+    assert loss.isnan() and grad[1].isnan().all() and not grad[2:].isnan().any()
+
+
 def test_logits_that_are_not_numbers():
     logits, targets = make(5, 20)
     logits[1, 3], logits[2, 19], logits[3, 4] = torch.nan, torch.inf, -torch.inf
@@ -91,10 +105,11 @@ def test_does_not_depend_on_the_number_of_threads_or_the_strides():
 
 
 def test_well_formed_operators():
-    logits, targets = make(6, 11, ignored=0.3)
-    torch.library.opcheck(ops.cross_entropy.default, (logits.clone().requires_grad_(), targets))
-    lse = ops.cross_entropy(logits, targets)[1]
-    torch.library.opcheck(ops.cross_entropy_backward.default, (torch.tensor(0.5), logits, targets, lse))
+    numbers, targets = make(6, 11, ignored=0.3)
+    for logits in (numbers, numbers.bfloat16()):
+        torch.library.opcheck(ops.cross_entropy.default, (logits.clone().requires_grad_(), targets))
+        lse = ops.cross_entropy(logits, targets)[1]
+        torch.library.opcheck(ops.cross_entropy_backward.default, (torch.tensor(0.5), logits, targets, lse))
 
 
 def test_keeps_a_number_for_each_token():

@@ -102,6 +102,17 @@ def test_eight_control_points_are_as_many_parameters_as_an_mlp():
     )  # GPT-2 without its biases, vocabulary padded to 50,304
 
 
+def test_a_large_swiglu_is_a_multiple_of_8_wide():
+    config = GPTConfig(n_head=2, n_layer=1, mlp="swiglu", kan_gate=True)
+    sizes = {C: replace(config, n_embd=C).mlp_size for C in (64, 128, 256, 768, 1024)}
+    assert sizes == {64: 170, 128: 341, 256: 682, 768: 2048, 1024: 2736}
+    assert replace(config, n_embd=1024, mlp_hidden=2731).mlp_size == 2731
+    for C, half in ((128, 170), (1024, 1368)):
+        with torch.device("meta"):
+            beside = GPT(replace(config, mlp="kan", n_embd=C, kan_swiglu=True)).transformer.h[0].mlp.beside
+        assert beside.c_fc.out_features == half
+
+
 @pytest.mark.parametrize(
     "arm",
     [
