@@ -44,7 +44,7 @@ import torch.nn.functional as F
 
 import cli
 import kan_kernels
-from device import keep_freed_memory, memory
+from device import keep_freed_memory, memory, multiplies_bfloat16
 from kan_evaluations import EVALUATIONS
 from kan_layer import KANLayer
 
@@ -398,6 +398,8 @@ class Step:
         ours = GPT(GPTConfig(**{**shared, "vocab_size": vocab_size}))
         self.flops = sum(flops for part, flops in ours.flops_per_token().items() if part != "kan_lookup")
         self.device, self.model = device, (model or ours).to(device)
+        rounded = device != "cpu" or self.config.dtype == "bfloat16"
+        self.dtype = torch.bfloat16 if rounded else torch.float32
         self.fast = self.model if device == "cpu" else torch.compile(self.model)
         if model is None:
             self.optimizers = train.make_optimizers(ours, self.config, torch.device(device))
@@ -417,8 +419,7 @@ class Step:
 
     def run(self):
         marks = [now(self.device)]
-        rounded = self.device != "cpu" or self.config.dtype == "bfloat16"
-        with torch.autocast(self.device, torch.bfloat16, enabled=rounded):
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.fast(self.inputs, self.targets)[1]
         marks.append(now(self.device))
         loss.backward()
@@ -451,26 +452,25 @@ def saved_bytes(block, C, device="cpu", dtype=torch.float32):
 
 def models(options):
     recipe = dict(kan_control_points=7, kan_gate=True, kan_parameterization="whitened")
-    steps = {
-        "KAN, N = 7, gate, whitened": Step("shakespeare_char_cpu_kan.toml", **recipe),
-        "KAN, N = 8": Step("shakespeare_char_cpu_kan.toml"),
-        "KAN, N = 32": Step("shakespeare_char_cpu_kan.toml", kan_control_points=32),
-        "gelu MLP": Step("shakespeare_char_cpu_mlp.toml"),
-        "swiglu MLP": Step("shakespeare_char_cpu_mlp.toml", mlp="swiglu"),
+    kan, mlp = "shakespeare_char_cpu_kan.toml", "shakespeare_char_cpu_mlp.toml"
+    arms = {
+        "KAN, N = 7, gate, whitened": (kan, recipe),
+        "KAN, N = 8": (kan, {}),
+        "KAN, N = 32": (kan, dict(kan_control_points=32)),
+        "gelu MLP": (mlp, {}),
+        "swiglu MLP": (mlp, dict(mlp="swiglu")),
     }
-    if torch.cpu._is_avx512_bf16_supported():  # hundreds of times slower on some of the others
-        rounded = dict(dtype="bfloat16")
-        steps["KAN, N = 7, gate, whitened, bfloat16"] = Step("shakespeare_char_cpu_kan.toml", **recipe, **rounded)
-        steps["gelu MLP, bfloat16"] = Step("shakespeare_char_cpu_mlp.toml", **rounded)
-        steps["swiglu MLP, bfloat16"] = Step("shakespeare_char_cpu_mlp.toml", mlp="swiglu", **rounded)
+    steps = {name: Step(file, **changes) for name, (file, changes) in arms.items()}
+    if multiplies_bfloat16():
+        for name, (file, changes) in arms.items():
+            steps[f"{name}, bfloat16"] = Step(file, **changes, dtype="bfloat16")
     start = time.perf_counter()
     while time.perf_counter() - start < 30 * options.seconds:
         for step in steps.values():
             step.run()
     rows, mlp = [], steps["gelu MLP"]
     for name, step in steps.items():
-        dtype = torch.bfloat16 if step.config.dtype == "bfloat16" else torch.float32
-        saved = saved_bytes(step.model.transformer.h[0], step.config.n_embd, dtype=dtype)
+        saved = saved_bytes(step.model.transformer.h[0], step.config.n_embd, dtype=step.dtype)
         milliseconds = [part * 1e3 for part in step.parts.values()]
         rows.append((name, *milliseconds, mlp.parts["step"] / step.parts["step"], step.bytes / 1e6, f"{saved:.0f}"))
     print("A training step of the CPU Shakespeare pair: 768 tokens, 4 layers, 128 wide")

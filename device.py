@@ -62,6 +62,11 @@ def choose_device(name, world):
     return device
 
 
+def multiplies_bfloat16():
+    """Whether this CPU does, so that a matrix product takes half as long as in float32 and not many times as long."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def choose_dtype(name, device):
     """(torch dtype, reason) of a name or "auto". Weights stay float32; this is what autocast computes in."""
     reason = "as asked"
@@ -76,7 +81,7 @@ def choose_dtype(name, device):
             # A CPU with AVX512-BF16 takes 0.55 to 0.85 of the time a step of a swiglu GPT in bfloat16, 0.75 to 0.9 of a
             # KAN's (64 to 256 wide, Zen 4, one thread); one without takes far longer.
             reason = "the same on every CPU"
-            reason += "; this one is quicker in bfloat16" if torch.cpu._is_avx512_bf16_supported() else ""
+            reason += "; this one is quicker in bfloat16" if multiplies_bfloat16() else ""
     if name == "float16" and device.type == "cpu":
         raise ValueError("dtype float16 has no gradient scaling on a CPU; use float32 or bfloat16")
     if name == "float32" and device.type == "cuda":

@@ -227,8 +227,10 @@ class GPTConfig:
     @property
     def mlp_size(self):
         """mlp_hidden, or for a large swiglu 8/3 * n_embd rounded up to a multiple of 8, which matrix units like."""
-        size = self.mlp_hidden or (8 * self.n_embd // 3 if self.mlp == "swiglu" else 4 * self.n_embd)
-        return size if self.mlp_hidden or self.n_embd < 512 else math.ceil(size / 8) * 8
+        if self.mlp_hidden or self.mlp != "swiglu":
+            return self.mlp_hidden or 4 * self.n_embd
+        size = 8 * self.n_embd // 3
+        return size if self.n_embd < 512 else math.ceil(size / 8) * 8
 
     @property
     def padded_vocab_size(self):

@@ -15,6 +15,8 @@ import math
 
 import torch
 
+from device import multiplies_bfloat16
+
 COEFFICIENTS, STEPS = (3.4445, -4.7750, 2.0315), 5  # of Newton-Schulz, as published
 
 
@@ -47,7 +49,7 @@ def orthogonal(matrix):
     x = matrix.T if tall else matrix  # the smaller of the two products x x^T
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     # At 128 rows both types take as long: Zen 4, one thread.
-    fast = x.device.type != "cpu" or (len(x) > 128 and torch.cpu._is_avx512_bf16_supported())
+    fast = x.device.type != "cpu" or (len(x) > 128 and multiplies_bfloat16())
     rounded = x.dtype == torch.float32 and fast
     x = x.bfloat16() if rounded else x
     x = x / x.norm().clamp(min=1e-7)

@@ -56,11 +56,11 @@ template <class T> float log_sum_exp(const T* row, int64_t V) {
 }
 
 // to = scale * exp(row - lse)
-template <class T> void probabilities(const T* row, int64_t V, float lse, float scale, float* to) {
+template <class T> void probabilities(const T* row, int64_t V, float lse, float scale, T* to) {
   const int64_t whole = V / L * L;
   for (int64_t v = 0; v < whole; v += L) store(to + v, scale * exp_of(load<float>(row + v) - lse));
   const Vector rest = scale * exp_of(rest_of(row + whole, V - whole) - lse);
-  memcpy(to + whole, &rest, (V - whole) * sizeof(float));
+  for (int64_t v = whole; v < V; v++) to[v] = rest[v - whole];
 }
 
 // How many targets count.
@@ -94,27 +94,18 @@ template <class T> float forward(const T* x, const int64_t* target, int64_t M, i
 // scale: of what a token's gradient is the difference
 template <class T>
 void backward(const T* x, const int64_t* target, const float* lse, int64_t M, int64_t V, float scale, T* dx) {
-#pragma omp parallel num_threads(thread_count(WORK * M * V))
-  {
-    own.clear();
-    float* scratch = own.take<float>(std::is_same_v<T, float> ? 0 : round_up(V, L));
-#pragma omp for schedule(static)
-    for (int64_t m = 0; m < M; m++) {
-      T* to = dx + m * V;
-      if (target[m] == IGNORED) {
-        memset(to, 0, V * sizeof(T));
-        continue;
-      }
-      float* row = scratch;
-      if constexpr (std::is_same_v<T, float>) row = to;
-      probabilities(x + m * V, V, lse[m], scale, row);
-      row[target[m]] -= scale;
-      if constexpr (!std::is_same_v<T, float>) {
-        int64_t v = 0;
-        for (; v + L <= V; v += L) store(to + v, load<float>(row + v));
-        for (; v < V; v++) to[v] = row[v];
-      }
+#pragma omp parallel for schedule(static) num_threads(thread_count(WORK * M * V))
+  for (int64_t m = 0; m < M; m++) {
+    const T* row = x + m * V;
+    T* to = dx + m * V;
+    if (target[m] == IGNORED) {
+      memset(to, 0, V * sizeof(T));
+      continue;
     }
+    probabilities(row, V, lse[m], scale, to);
+    Vector p = scale * exp_of(broadcast<float>(row[target[m]]) - lse[m]);  // as it was before it was rounded
+    KEEP(p);
+    to[target[m]] = p[0] - scale;
   }
 }
 
