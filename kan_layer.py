@@ -137,6 +137,8 @@ def cpp(x, table, spline_width, dtype):
         x, table = x.double(), table.double()
     elif table.dtype != torch.bfloat16:
         table = table.float()
+        if dtype == torch.bfloat16:
+            return kan_kernels.spline_bfloat16(x, table, spline_width)
     return kan_kernels.spline(x, table, spline_width, rounded).to(dtype)
 
 
@@ -730,10 +732,11 @@ class KANLayer(nn.Module):
         elif impl == "triton" and not kan_kernels.gpu_available():
             raise ValueError(f"impl='triton' can't be used: {kan_kernels.load_gpu()}; use impl='auto'")
 
-        # Half precision is for matrix units and bandwidth that CPUs mostly lack; there the sum is made in float32.
+        # Half precision is for matrix units and bandwidth that CPUs mostly lack; there the sum is made in float32, and
+        # the kernels know themselves where bfloat16 is quicker.
         dtype = out_dtype
         if out_dtype in (torch.bfloat16, torch.float16) and (
-            device == "cpu"
+            (device == "cpu" and impl != "cpp")
             or impl == "csr"
             or (impl == "embedding_bag" and not bag_has_half_gradients(device, out_dtype))
         ):

@@ -48,6 +48,25 @@ struct Spline : torch::autograd::Function<Spline> {
   }
 };
 
+struct SplineBFloat16 : torch::autograd::Function<SplineBFloat16> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& table, double width) {
+    static const auto spline = find<Tensor(const Tensor&, const Tensor&, double)>("splinegpt_cpu::spline_bfloat16");
+    ctx->save_for_backward({x, table});
+    ctx->saved_data["width"] = width;
+    Below below;
+    return spline.call(x, table, width);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list g) {
+    static const auto backward =
+        find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double)>(
+            "splinegpt_cpu::spline_bfloat16_backward");
+    const auto saved = ctx->get_saved_variables();
+    const auto below = below_unless_wanted();
+    auto [dx, dtable] = backward.call(g[0], saved[0], saved[1], ctx->saved_data["width"].toDouble());
+    return {dx, dtable, Tensor()};
+  }
+};
+
 // Linear in p, so its gradient is one of the same kind, and has gradients itself.
 struct ChangeBasis : torch::autograd::Function<ChangeBasis> {
   static Tensor call(const Tensor& matrix, const Tensor& p) {
@@ -112,6 +131,9 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 TORCH_LIBRARY_IMPL(splinegpt_cpu, Autograd, m) {
   m.impl("spline", [](const Tensor& x, const Tensor& table, double width, bool rounded) {
     return Spline::apply(x, table, width, rounded);
+  });
+  m.impl("spline_bfloat16", [](const Tensor& x, const Tensor& table, double width) {
+    return SplineBFloat16::apply(x, table, width);
   });
   m.impl("change_basis", [](const Tensor& matrix, const Tensor& p) {
     TORCH_CHECK(!matrix.requires_grad(), "change_basis: the matrix has no gradient; detach() it");

@@ -29,20 +29,25 @@ def run(layer, x, g):
 
 
 def assert_matches_reference(layer, x, g):
-    table, dtype = layer.kan_weight.detach(), x.dtype
-    y, grad_x, grad_table = run(layer, x, g)
-    want, want_table, left, right, size, table_size, x_size = reference(
-        x.double().numpy(), table.double().numpy(), layer.spline_width, g.double().numpy()
-    )
     # Sums are made in float32 or better, so their error is that of float32 in units of what was summed; the result is
     # then rounded to dtype. 16 covers the few operations per term; a wrong weight or row is larger by orders.
-    inner = 16 * EPS[torch.float64 if dtype == torch.float64 else torch.float32]
-    tiny = float(torch.finfo(dtype).smallest_normal)
+    inner = 16 * EPS[torch.float64 if x.dtype == torch.float64 else torch.float32]
+    table = layer.kan_weight.detach()
+    assert_near_reference(run(layer, x, g), x, table, layer.spline_width, g, inner, EPS[x.dtype])
+
+
+def assert_near_reference(results, x, table, width, g, inner, eps):
+    """y and the gradients of x and table, in NumPy: errors up to inner times what was summed, and rounding by eps."""
+    y, grad_x, grad_table = results
+    want, want_table, left, right, size, table_size, x_size = reference(
+        x.double().numpy(), table.double().numpy(), width, g.double().numpy()
+    )
+    tiny = float(torch.finfo(x.dtype).smallest_normal)
     for got, exact, scale in ((y, want, size), (grad_table, want_table, table_size)):
-        bound = inner * scale + 2 * EPS[dtype] * np.abs(exact) + tiny
+        bound = inner * scale + 2 * eps * np.abs(exact) + tiny
         assert (np.abs(got - exact) <= bound).all(), np.max(np.abs(got - exact) - bound)
     # On a knot the curve has two slopes; rounding decides which of them the layer gives.
-    bound = inner * x_size + 2 * EPS[dtype] * np.maximum(np.abs(left), np.abs(right)) + tiny
+    bound = inner * x_size + 2 * eps * np.maximum(np.abs(left), np.abs(right)) + tiny
     off = np.minimum(np.abs(grad_x - left), np.abs(grad_x - right))
     assert (off <= bound).all(), np.max(off - bound)
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import reference
-from test_kan_layer import assert_matches_reference
+from test_kan_layer import EPS, assert_matches_reference, assert_near_reference
 
 import kan_kernels
 from kan_layer import KANLayer
@@ -334,6 +334,11 @@ for B, F, N, O in (*SHAPES, *((B, 64, 8, 300) for B in (1, 4, 16, 64, 300))):
             results.append([y, *torch.autograd.grad(y, (a, module.kan_weight), g.to(kind))])
         for got, want in zip(*results):
             assert (got - want).norm() < {2: 3e-3, 4: 1e-5, 8: 1e-13}[dtype.itemsize] * want.norm(), (B, F, N, O, dtype)
+        if dtype == torch.float32:
+            x, table = x.requires_grad_(), layer.kan_weight
+            y = kan_kernels.spline_bfloat16(x, table, 4.0)
+            for got, want in zip([y, *torch.autograd.grad(y, (x, table), g.bfloat16())], results[1]):
+                assert (got - want).norm() < 6e-3 * want.norm(), (B, F, N, O)
 for N, O in (7, 70), (16, 33):
     matrix, p = torch.randn(N, N), torch.randn(9, N, O)
     assert (kan_kernels.change_basis(matrix, p) - matrix @ p).norm() < 1e-6 * p.norm() * N, (N, O)
@@ -376,6 +381,119 @@ def test_a_numpy_reference_is_not_the_only_witness():
     for a, b in zip(gradients(layer, x, g), gradients(exact, x.double(), g.double()), strict=True):
         off = (a.double() - b).abs() / b.abs().max()
         assert np.quantile(off.detach().numpy(), 0.999) < 1e-5  # a knot or two may fall on the other side
+
+
+# In bfloat16 -----------------------------------------------------------------------------------------------------------
+
+
+def in_bfloat16(x, table, g, width=4.0):
+    """y and the gradients of x and the table."""
+    x, table = (a.clone().requires_grad_() for a in (x, table))
+    y = kan_kernels.spline_bfloat16(x, table, width)
+    return [y.detach(), *torch.autograd.grad(y, (x, table), g)]
+
+
+def make_bfloat16(B, F, N, O, seed=0):
+    layer, x, g = make(B, F, N, O, seed=seed)
+    return x, layer.kan_weight.detach(), g.bfloat16()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tokens=st.sampled_from([3, 8, 9, 20]),
+    F=st.one_of(st.integers(1, 4), st.sampled_from([15, 17, 33])),
+    N=st.integers(2, 9),
+    O=st.one_of(st.integers(1, 140), st.sampled_from([16, 32, 64, 128, 192])),
+    width=st.sampled_from([0.7, 4.0, 9.0]),
+    threads=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_in_bfloat16(tokens, F, N, O, width, threads, seed):
+    B = max(1, min(tokens * N + seed % 2, 500 // F))
+    torch.set_num_threads(threads)
+    x, table, g = make_bfloat16(B, F, N, O, seed)
+    y, grad_x, grad_table = (a.double().numpy() for a in in_bfloat16(x, table, g, width))
+    # Rows, their differences and positions are rounded, each to 2^-9.
+    eps = EPS[torch.bfloat16]
+    assert_near_reference((y, grad_x, grad_table), x, table, width, g, 2 * eps, eps)
+
+
+@pytest.mark.parametrize(
+    "B, F, N, O",
+    [
+        (300, 9, 5, 33),  # pairs and one left over, a tile not full
+        (300, 40, 8, 200),  # pairs, four tiles, the last not full
+        (300, 40, 12, 20),  # one by one, small tiles
+        (1400, 17, 16, 70),  # pairs of as many points as they may have
+        (400, 20, 40, 192),  # one by one, three tiles
+        (4500, 3, 22, 40),  # several blocks of tokens
+        (9000, 2, 8, 1000),  # the gradient in several passes
+        (700, 128, 8, 1088),  # the gradient past the caches
+        (40, 5, 8, 30),  # too few for the backward
+        (20, 5, 8, 30),  # and for the forward
+    ],
+)
+def test_every_path_in_bfloat16(B, F, N, O, threads):
+    x, table, g = make_bfloat16(B, F, N, O)
+    want = [ops.spline(x.double(), table.double(), 4.0)]
+    want += ops.spline_backward(g.double(), x.double(), table.double(), 4.0)
+    first, second = in_bfloat16(x, table, g), in_bfloat16(x, table, g)
+    for a, b, exact in zip(first, second, want, strict=True):
+        assert torch.equal(a, b)
+        assert (a - exact).norm() < 0.004 * exact.norm()
+    assert first[0].dtype == torch.bfloat16 and first[1].dtype == first[2].dtype == torch.float32
+    torch.set_num_threads(3 - threads)
+    for a, b in zip(first, in_bfloat16(x, table, g), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_far_outside_in_bfloat16():
+    """Weights still sum to one, and of tokens so far out that they could not, nothing is rounded but y."""
+    table, g = torch.ones(6, 32, 40), torch.ones(300, 40).bfloat16()
+    x = torch.tensor([0.1, 3.0, -3.3, 8.7, 9.3, -1.0]).repeat(300, 1)
+    y, grad_x, _ = in_bfloat16(x, table, g)
+    assert (y == 6).all() and (grad_x == 0).all()
+    x, table, g = make_bfloat16(300, 6, 32, 40)
+    x[7, 3] = 1e4
+    exact = x.clone().requires_grad_(), table.clone().requires_grad_()
+    y = kan_kernels.spline(*exact, 4.0)
+    for a, b in zip(in_bfloat16(x, table, g), [y, *torch.autograd.grad(y, exact, g.float())], strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_token_is_alone_in_bfloat16(bad):
+    x, table, g = make_bfloat16(300, 6, 8, 40)
+    x[7, 3] = bad
+    finite = in_bfloat16(x, table, g)[0].isfinite()
+    assert not finite[7].any() and finite[:7].all() and finite[8:].all()
+
+
+def test_under_autocast_in_bfloat16():
+    layer, x, _ = make(300, 6, 8, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert torch.equal(y, kan_kernels.spline_bfloat16(x, layer.kan_weight, 4.0))
+
+
+@pytest.mark.parametrize("B", [20, 100])
+def test_well_formed_operators_in_bfloat16(B):
+    x, table, g = make_bfloat16(B, 3, 5, 2)
+    torch.library.opcheck(ops.spline_bfloat16.default, (x.requires_grad_(), table.requires_grad_(), 4.0))
+    torch.library.opcheck(ops.spline_bfloat16_backward.default, (g, x.detach(), table.detach(), 4.0))
+    (grad,) = torch.autograd.grad(ops.spline_bfloat16(x, table, 4.0).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="impl='dense' has"):
+        grad.sum().backward()
+
+
+def test_bfloat16_says_what_is_wrong():
+    x, table, g = make_bfloat16(20, 3, 5, 2)
+    with pytest.raises(RuntimeError, match="x and table must be float32, got Float and BFloat16"):
+        ops.spline_bfloat16(x, table.bfloat16(), 4.0)
+    with pytest.raises(RuntimeError, match=r"must be \(B, F\) and the table \(F, N, O\)"):
+        ops.spline_bfloat16(x, table[1:], 4.0)
+    with pytest.raises(RuntimeError, match=r"g must be \(20, 2\) in bfloat16, got \[20, 2\] in Float"):
+        ops.spline_bfloat16_backward(g.float(), x, table, 4.0)
 
 
 def test_bfloat16_inference_far_outside():

@@ -1,0 +1,150 @@
+// What the spline layer's kernels share: sums of vectors, memory, where tokens fall and how they are sorted. Sizes as in
+// spline.cpp.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/util/Exception.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "vectors.h"
+
+namespace splinegpt {
+
+using at::Tensor;
+
+template <class S> struct Layer {
+  int64_t B, F, O;
+  int N;
+  S half, inv;  // half the width; knots per unit
+};
+
+template <class S> Layer<S> describe(const Tensor& x, const Tensor& table, double width) {
+  TORCH_CHECK(x.dim() == 2 && table.dim() == 3 && x.size(1) == table.size(0) && table.size(1) >= 2 &&
+                  table.size(0) && table.size(2),
+              "spline: x must be (B, F) and the table (F, N, O) with N >= 2, F and O >= 1, got ", x.sizes(), " and ",
+              table.sizes());
+  return {x.size(0), x.size(1), table.size(2), (int)table.size(1), S(width / 2), S((table.size(1) - 1) / width)};
+}
+
+// Even and odd pieces of every lane of a and b added, those of a first; lane and piece in numbers.
+template <class S, int lane, int piece, size_t... I>
+INLINE vec<S> add_pairs(vec<S> a, vec<S> b, std::index_sequence<I...>) {
+  constexpr auto from = [](int j, int odd) {
+    const int p = j % lane / piece, half = lane / piece / 2;
+    return (p >= half) * lanes<S> + j / lane * lane + (p % half * 2 + odd) * piece + j % piece;
+  };
+  return __builtin_shufflevector(a, b, from(I, 0)...) + __builtin_shufflevector(a, b, from(I, 1)...);
+}
+// The sums of L vectors, as one vector. Numbers leave their 16 bytes last: with AVX2 that costs more.
+template <class S, int n = lanes<S>> INLINE vec<S> sums(const vec<S>* p) {
+  constexpr int L = lanes<S>, lane = 16 / sizeof(S);
+  if constexpr (n == 1) return *p;
+  else
+    return add_pairs<S, n <= lane ? lane : L, n <= lane ? 1 : lane>(sums<S, n / 2>(p), sums<S, n / 2>(p + n / 2),
+                                                                   std::make_index_sequence<L>());
+}
+
+// Gradients of large tables. The C library gives memory of that size back to the system and fetches it again at every
+// step, page by page: 18 ms for the 75 MB of a 384 to 384 layer at N = 128, three times its whole backward. So freed
+// ones are kept, up to 1 GB.
+struct Pool {
+  static constexpr size_t least = 1 << 20, most = 1 << 30;
+  std::mutex mutex;
+  std::vector<std::pair<void*, size_t>> free_blocks;
+  size_t held = 0;
+  void* get(size_t bytes) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      for (auto& block : free_blocks)
+        if (block.second == bytes) {
+          void* p = block.first;
+          block = free_blocks.back();
+          free_blocks.pop_back();
+          held -= bytes;
+          return p;
+        }
+    }
+    return allocate(bytes);
+  }
+  void put(void* p, size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (held + bytes > most) return free(p);
+    free_blocks.emplace_back(p, bytes);
+    held += bytes;
+  }
+  void release() {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (auto& block : free_blocks) free(block.first);
+    free_blocks.clear();
+    held = 0;
+  }
+};
+
+inline Pool* pool = new Pool;  // never destroyed: tensors may outlive everything else
+
+inline Tensor pooled(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  if (bytes < Pool::least) return at::empty(sizes, options);
+  return at::from_blob(pool->get(bytes), sizes, [bytes](void* p) { pool->put(p, bytes); }, options);
+}
+
+inline size_t second_level_cache() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  if (long size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) return size;
+#endif
+  return 512 * 1024;
+}
+
+// How many tokens of a tile W wide to take at a time: what fills a fraction of the second-level cache, but enough to
+// give an interval some work (least), for which the third level is near enough, up to 4096.
+template <class S> int64_t tokens_in_cache(int W, int fraction, int64_t least) {
+  const int64_t fit = second_level_cache() / fraction / (W * sizeof(S));
+  return std::clamp<int64_t>(std::max(fit, std::min<int64_t>(least, 4096)), 128, 4096);
+}
+
+// Those intervals as where their rows begin, features having so many each.
+template <class S> void to_offsets(int32_t* i, int n, int rows, int width) {
+  typename Types<S>::ints32 first;
+  for (int k = 0; k < lanes<S>; k++) first[k] = k * rows;
+  for (int b = 0; b < n; b++, i += lanes<S>) {
+    auto& row = *(typename Types<S>::ints32*)i;
+    row = (row + first) * width;
+  }
+}
+
+constexpr int AHEAD = 16;
+inline int64_t sorted_size(int64_t n) { return round_up(n + AHEAD, AHEAD); }
+inline int64_t intervals(int64_t N, int features) { return features == 2 ? (N - 1) * (N - 1) : N - 1; }
+
+// Counting sort of n tokens into M intervals. A counter that goes up twice in a row waits for itself, so K parts of the
+// tokens have counters of their own and take turns. interval is followed by room for K * M of them. where says a token's
+// interval; asked in a loop of its own, GCC would make vectors of what lies far apart, by shuffles, which takes longer.
+template <int K, class Where, class Place>
+INLINE void sort_by(int32_t* interval, int n, int M, int32_t* start, Where where, Place place) {
+  int32_t* count = interval + sorted_size(n);
+  const int part = n / K;
+  const auto for_all = [&](auto visit) {
+    for (int b = 0; b < part; b++) UNROLL for (int k = 0; k < K; k++) visit(k * part + b, k);
+    for (int b = K * part; b < n; b++) visit(b, K - 1);
+  };
+  std::fill(count, count + K * M, 0);
+  for_all([&](int b, int k) { count[(interval[b] = where(b)) * K + k]++; });
+  int before = 0;
+  for (int j = 0; j < K * M; j++) {
+    if (j % K == 0) start[j / K] = before;
+    before += std::exchange(count[j], before);
+  }
+  start[M] = n;
+  for_all([&](int b, int k) { place(b, count[interval[b] * K + k]++); });
+}
+inline int64_t interval_size(int64_t n, int64_t M) { return sorted_size(n) + std::max(n, M); }
+
+}  // namespace splinegpt
