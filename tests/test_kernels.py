@@ -383,7 +383,7 @@ def test_a_numpy_reference_is_not_the_only_witness():
         assert np.quantile(off.detach().numpy(), 0.999) < 1e-5  # a knot or two may fall on the other side
 
 
-# In bfloat16 -----------------------------------------------------------------------------------------------------------
+# In bfloat16 ----------------------------------------------------------------------------------------------------------
 
 
 def in_bfloat16(x, table, g, width=4.0):
