@@ -136,6 +136,18 @@ def compiled(module):
     return torch.compile(module)
 
 
+class InBFloat16(nn.Module):
+    """A module under autocast, where the CPU multiplies bfloat16."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.module(x)
+
+
 # name: (package, how to make it of inputs, outputs and N, floats it holds at once for B tokens by its own source)
 CONTENDERS = {
     "splinegpt": (None, lambda i, o, N: KANLayer(i, o, num_control_points=N), None),
@@ -151,6 +163,9 @@ CONTENDERS = {
     "MLP compiled": (None, lambda i, o, N: compiled(MLP(i, i * o * N // (i + o), o)), None),
     "nn.Linear": (None, lambda i, o, N: nn.Linear(i, o, bias=False), None),
 }
+if multiplies_bfloat16():
+    rounded = lambda make: lambda i, o, N: InBFloat16(make(i, o, N))
+    CONTENDERS |= {f"in bfloat16: {name}": (None, rounded(CONTENDERS[name][1]), None) for name in ("splinegpt", "MLP")}
 missing = set()
 
 
