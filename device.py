@@ -78,7 +78,7 @@ def choose_dtype(name, device):
     elif name == "auto":
         name, reason = "float32", f"nothing shorter was tried on {device.type}"
         if device.type == "cpu":
-            # A CPU with AVX512-BF16 takes 0.55 to 0.85 of the time a step of a swiglu GPT in bfloat16, 0.75 to 0.9 of a
+            # A CPU with AVX512-BF16 takes 0.55 to 0.85 of the time a step of a swiglu GPT in bfloat16, 0.7 to 0.85 of a
             # KAN's (64 to 256 wide, Zen 4, one thread); one without takes far longer.
             reason = "the same on every CPU"
             reason += "; this one is quicker in bfloat16" if multiplies_bfloat16() else ""

@@ -23,7 +23,6 @@ Legend
     B tokens, F features, N control points, O outputs        x (B, F), C (F, N, O), dC: float32    y, g (B, O): bfloat16
     i interval, t position in it, both of one token and feature        W outputs of a tile, Z vectors of them in bfloat16
 */
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/BFloat16.h>
 #include <omp.h>
 #include <torch/library.h>
@@ -32,7 +31,6 @@ Legend
 #include <cstdint>
 #include <cstring>
 #include <tuple>
-#include <vector>
 
 #include "look_up.h"
 
@@ -41,20 +39,6 @@ namespace {
 using namespace splinegpt;
 using at::Tensor;
 using c10::BFloat16;
-
-template <class Signature> auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-Tensor in_float32(const Tensor& x, const Tensor& table, double width) {
-  static const auto spline = find<Tensor(const Tensor&, const Tensor&, double, bool)>("splinegpt_cpu::spline");
-  return spline.call(x, table, width, false).to(at::kBFloat16);
-}
-std::tuple<Tensor, Tensor> gradients_in_float32(const Tensor& g, const Tensor& x, const Tensor& table, double width) {
-  static const auto backward = find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double)>(
-      "splinegpt_cpu::spline_backward");
-  return backward.call(g.to(at::kFloat), x, table, width);
-}
 
 #ifdef __AVX512BF16__
 
@@ -105,8 +89,7 @@ bool locate_group(const float* x, const Layer<float>& layer, int count, int n, i
   return !_mm512_test_epi32_mask((__m512i)far, (__m512i)far);
 }
 
-// A tile of outputs as Z vectors of bfloat16, or 2 Z of float32.
-constexpr int TILES[] = {2, 1};
+// A tile of outputs is Z vectors of bfloat16, or 2 Z of float32.
 template <class F> INLINE void with_tile(int Z, F f) {
   Z == 1 ? f(std::integral_constant<int, 1>()) : f(std::integral_constant<int, 2>());
 }
@@ -197,9 +180,9 @@ bool forward(const Layer<float>& layer, const float* x, const float* table, BFlo
           }
           for (int64_t b = from; b < to; b++)
             for (int64_t o = 0; o < width; o += L) {
-              const auto few = (1 << std::min<int64_t>(L, width - o)) - 1;
-              const auto numbers = _mm512_cvtneps_pbh((__m512) * (floats*)(y_tile + (b - from) * W + o));
-              _mm256_mask_storeu_epi16(y + (first + b) * O + o0 + o, few, (__m256i)numbers);
+              const __mmask16 some = (1 << std::min<int64_t>(L, width - o)) - 1;
+              const floats sum = *(floats*)(y_tile + (b - from) * W + o);
+              _mm256_mask_storeu_epi16(y + (first + b) * O + o0 + o, some, (__m256i)_mm512_cvtneps_pbh((__m512)sum));
             }
         });
       }
@@ -207,6 +190,7 @@ bool forward(const Layer<float>& layer, const float* x, const float* table, BFlo
   }
   return near;
 }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 
@@ -438,7 +422,7 @@ Layer<float> check(const Tensor& x, const Tensor& table, double width) {
   return describe<float>(x, table, width);
 }
 
-Tensor spline(const Tensor& x_, const Tensor& table_, double width) {
+Tensor in_bfloat16(const Tensor& x_, const Tensor& table_, double width) {
   const Tensor x = x_.contiguous(), table = table_.contiguous();
   const auto layer = check(x, table, width);
 #ifdef __AVX512BF16__
@@ -447,11 +431,12 @@ Tensor spline(const Tensor& x_, const Tensor& table_, double width) {
     if (forward(layer, x.const_data_ptr<float>(), table.const_data_ptr<float>(), y.data_ptr<BFloat16>())) return y;
   }
 #endif
-  return in_float32(x, table, width);
+  return spline(x, table, width, false).to(at::kBFloat16);
 }
 
 // Gradients of x and of the table.
-std::tuple<Tensor, Tensor> spline_backward(const Tensor& g_, const Tensor& x_, const Tensor& table_, double width) {
+std::tuple<Tensor, Tensor> backward_in_bfloat16(const Tensor& g_, const Tensor& x_, const Tensor& table_,
+                                                double width) {
   const Tensor g = g_.contiguous(), x = x_.contiguous(), table = table_.contiguous();
   const auto layer = check(x, table, width);
   TORCH_CHECK(g.dim() == 2 && g.size(0) == layer.B && g.size(1) == layer.O && g.scalar_type() == at::kBFloat16,
@@ -465,7 +450,7 @@ std::tuple<Tensor, Tensor> spline_backward(const Tensor& g_, const Tensor& x_, c
       return {dx, dtable};
   }
 #endif
-  return gradients_in_float32(g, x, table, width);
+  return spline_backward(g.to(at::kFloat), x, table, width);
 }
 
 TORCH_LIBRARY_FRAGMENT(splinegpt_cpu, m) {
@@ -473,8 +458,8 @@ TORCH_LIBRARY_FRAGMENT(splinegpt_cpu, m) {
   m.def("spline_bfloat16_backward(Tensor g, Tensor x, Tensor table, float width) -> (Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(splinegpt_cpu, CPU, m) {
-  m.impl("spline_bfloat16", &spline);
-  m.impl("spline_bfloat16_backward", &spline_backward);
+  m.impl("spline_bfloat16", &in_bfloat16);
+  m.impl("spline_bfloat16_backward", &backward_in_bfloat16);
 }
 
 }  // namespace

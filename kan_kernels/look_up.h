@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -19,6 +20,10 @@
 namespace splinegpt {
 
 using at::Tensor;
+
+// spline.cpp's operators, which bfloat16.cpp falls back to.
+Tensor spline(const Tensor& x, const Tensor& table, double width, bool rounded);
+std::tuple<Tensor, Tensor> spline_backward(const Tensor& g, const Tensor& x, const Tensor& table, double width);
 
 template <class S> struct Layer {
   int64_t B, F, O;

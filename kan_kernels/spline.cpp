@@ -759,6 +759,10 @@ template <class Run> void with_types(const Tensor& x, const Tensor& table, Run r
   run(float(), BFloat16());
 }
 
+}  // namespace
+
+namespace splinegpt {
+
 // rounded: with a bfloat16 table, positions may be rounded to bfloat16 where that is faster.
 Tensor spline(const Tensor& x_, const Tensor& table_, double width, bool rounded) {
   const Tensor x = x_.contiguous(), table = table_.contiguous();
@@ -798,6 +802,10 @@ std::tuple<Tensor, Tensor> spline_backward(const Tensor& g_, const Tensor& x_, c
   });
   return {dx, dtable};
 }
+
+}  // namespace splinegpt
+
+namespace {
 
 Tensor change_basis(const Tensor& matrix_, const Tensor& p_) {
   const Tensor matrix = matrix_.contiguous(), p = p_.contiguous();
