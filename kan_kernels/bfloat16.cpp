@@ -413,8 +413,8 @@ bool backward(const Layer<float>& layer, const BFloat16* g, const float* x, cons
 // The operators
 
 // How many tokens for each control point are worth the laying out of rows, and of their differences: with 128 to 768
-// channels and N from 2 to 64 (Zen 4).
-constexpr int TOKENS_FORWARD = 4, TOKENS_BACKWARD = 8;
+// channels and N from 2 to 128 (Zen 4).
+constexpr int TOKENS = 8;
 
 Layer<float> check(const Tensor& x, const Tensor& table, double width) {
   TORCH_CHECK(x.scalar_type() == at::kFloat && table.scalar_type() == at::kFloat,
@@ -426,7 +426,7 @@ Tensor in_bfloat16(const Tensor& x_, const Tensor& table_, double width) {
   const Tensor x = x_.contiguous(), table = table_.contiguous();
   const auto layer = check(x, table, width);
 #ifdef __AVX512BF16__
-  if (layer.B >= TOKENS_FORWARD * layer.N) {
+  if (layer.B >= TOKENS * layer.N) {
     Tensor y = at::empty({layer.B, layer.O}, x.options().dtype(at::kBFloat16));
     if (forward(layer, x.const_data_ptr<float>(), table.const_data_ptr<float>(), y.data_ptr<BFloat16>())) return y;
   }
@@ -443,7 +443,7 @@ std::tuple<Tensor, Tensor> backward_in_bfloat16(const Tensor& g_, const Tensor& 
               "spline_bfloat16_backward: g must be (", layer.B, ", ", layer.O, ") in bfloat16, got ", g.sizes(), " in ",
               g.scalar_type());
 #ifdef __AVX512BF16__
-  if (layer.B >= TOKENS_BACKWARD * layer.N) {
+  if (layer.B >= TOKENS * layer.N) {
     Tensor dx = at::empty(x.sizes(), x.options()), dtable = pooled(table.sizes(), x.options());
     if (backward(layer, g.const_data_ptr<BFloat16>(), x.const_data_ptr<float>(), table.const_data_ptr<float>(),
                  dx.data_ptr<float>(), dtable.data_ptr<float>()))
