@@ -131,7 +131,7 @@ def cpp(x, table, spline_width, dtype):
 
     Saves only x. bfloat16 tables are read as they are, sums are in float32, or float64 where x or the table is. If no
     gradient is wanted, positions in an interval of a bfloat16 table may be rounded to bfloat16 as well. Where dtype is
-    bfloat16 and the CPU multiplies it, rows of a float32 table and weights are rounded to it (kan_kernels/bfloat16.cpp).
+    bfloat16 and the CPU multiplies it, a float32 table's rows and weights are rounded to it (kan_kernels/bfloat16.cpp).
     """
     rounded = not wants_gradient(x, table)
     if x.dtype == torch.float64 or table.dtype == torch.float64:
