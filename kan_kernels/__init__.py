@@ -48,9 +48,8 @@ import torch
 import torch.nn.functional as F
 
 FOLDER = Path(__file__).parent
-SOURCES = [
-    FOLDER / f"{name}.cpp" for name in ("spline", "bfloat16", "autograd", "attention", "loss")
-]  # the slowest first
+NAMES = ("spline", "bfloat16", "autograd", "attention", "loss")  # the slowest first
+SOURCES = [FOLDER / f"{name}.cpp" for name in NAMES]
 HEADERS = [FOLDER / f"{name}.h" for name in ("vectors", "look_up")]
 # Products and sums may be fused, errno and floating-point traps are nobody's concern; NaN and infinities are kept.
 FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp"]
