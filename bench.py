@@ -137,14 +137,14 @@ def compiled(module):
 
 
 class InBFloat16(nn.Module):
-    """A module under autocast, where the CPU multiplies bfloat16."""
+    """A module under autocast."""
 
-    def __init__(self, module):
+    def __init__(self, module, device="cpu"):
         super().__init__()
-        self.module = module
+        self.module, self.device = module, device
 
     def forward(self, x):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16):
             return self.module(x)
 
 
@@ -653,16 +653,6 @@ BLOCKS |= {name: CONTENDERS[name][1] for name in CONTENDERS if name.startswith("
 BLOCKS |= {f"{name} compiled": make for name, make in BLOCKS.items() if name.startswith("kanditioned")}
 
 
-class Autocast(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        with torch.autocast("cuda", torch.bfloat16):
-            return self.module(x)
-
-
 def replayed(graph, times):
     """Seconds that a CUDA graph takes, of so many replays in a row."""
     start = now("cuda")
@@ -719,7 +709,7 @@ def blocks_on_cuda(options):
                 continue
             try:
                 with torch.device("cuda"):
-                    module = Autocast(nn.Sequential(nn.LayerNorm(C), BLOCKS[name](C, C, N)))
+                    module = InBFloat16(nn.Sequential(nn.LayerNorm(C), BLOCKS[name](C, C, N)), "cuda")
                 module = torch.compile(module) if name.endswith("compiled") else module
                 timers[name] = t = (Replays if name in quick else Timer)(module, C, 16384, device="cuda")
                 if name not in quick:  # which may be cut short

@@ -29,41 +29,27 @@ std::optional<Below> below_unless_wanted() {
   return at::GradMode::is_enabled() ? std::optional<Below>() : std::optional<Below>(std::in_place);
 }
 
-struct Spline : torch::autograd::Function<Spline> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& table, double width, bool rounded) {
-    static const auto spline = find<Tensor(const Tensor&, const Tensor&, double, bool)>("splinegpt_cpu::spline");
+// Of spline, which has a `rounded` beside x, table and width, and of spline_bfloat16, which has not.
+template <class... Rounded> struct Spline : torch::autograd::Function<Spline<Rounded...>> {
+  static constexpr bool in_bfloat16 = sizeof...(Rounded) == 0;
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& table, double width, Rounded... rounded) {
+    static const auto spline = find<Tensor(const Tensor&, const Tensor&, double, Rounded...)>(
+        in_bfloat16 ? "splinegpt_cpu::spline_bfloat16" : "splinegpt_cpu::spline");
     ctx->save_for_backward({x, table});
     ctx->saved_data["width"] = width;
     Below below;
-    return spline.call(x, table, width, rounded);
+    return spline.call(x, table, width, rounded...);
   }
   static variable_list backward(AutogradContext* ctx, variable_list g) {
     static const auto backward =
         find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double)>(
-            "splinegpt_cpu::spline_backward");
+            in_bfloat16 ? "splinegpt_cpu::spline_bfloat16_backward" : "splinegpt_cpu::spline_backward");
     const auto saved = ctx->get_saved_variables();
     const auto below = below_unless_wanted();
     auto [dx, dtable] = backward.call(g[0], saved[0], saved[1], ctx->saved_data["width"].toDouble());
-    return {dx, dtable.to(saved[1].scalar_type()), Tensor(), Tensor()};
-  }
-};
-
-struct SplineBFloat16 : torch::autograd::Function<SplineBFloat16> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& table, double width) {
-    static const auto spline = find<Tensor(const Tensor&, const Tensor&, double)>("splinegpt_cpu::spline_bfloat16");
-    ctx->save_for_backward({x, table});
-    ctx->saved_data["width"] = width;
-    Below below;
-    return spline.call(x, table, width);
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list g) {
-    static const auto backward =
-        find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double)>(
-            "splinegpt_cpu::spline_bfloat16_backward");
-    const auto saved = ctx->get_saved_variables();
-    const auto below = below_unless_wanted();
-    auto [dx, dtable] = backward.call(g[0], saved[0], saved[1], ctx->saved_data["width"].toDouble());
-    return {dx, dtable, Tensor()};
+    variable_list gradients = {dx, dtable.to(saved[1].scalar_type())};
+    gradients.resize(3 + sizeof...(Rounded));
+    return gradients;
   }
 };
 
@@ -130,10 +116,10 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 
 TORCH_LIBRARY_IMPL(splinegpt_cpu, Autograd, m) {
   m.impl("spline", [](const Tensor& x, const Tensor& table, double width, bool rounded) {
-    return Spline::apply(x, table, width, rounded);
+    return Spline<bool>::apply(x, table, width, rounded);
   });
   m.impl("spline_bfloat16", [](const Tensor& x, const Tensor& table, double width) {
-    return SplineBFloat16::apply(x, table, width);
+    return Spline<>::apply(x, table, width);
   });
   m.impl("change_basis", [](const Tensor& matrix, const Tensor& p) {
     TORCH_CHECK(!matrix.requires_grad(), "change_basis: the matrix has no gradient; detach() it");

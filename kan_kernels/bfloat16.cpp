@@ -71,14 +71,11 @@ INLINE words for_halves(words outputs) {
 // Of L features, or fewer (count), and n tokens: intervals, and weights, 1 - t in the lower half and t in the upper one,
 // both (n, L). Returns whether all lie near enough.
 bool locate_group(const float* x, const Layer<float>& layer, int count, int n, int32_t* i, uint32_t* weights) {
-  const floats last = broadcast<float>(layer.N - 2);
   ints far = {};
   for (int b = 0; b < n; b++, x += layer.F, i += L, weights += L) {
-    const floats u = ((floats)_mm512_maskz_loadu_ps((1 << count) - 1, x) + layer.half) * layer.inv;
-    floats clamped = u > 0 ? u : floats{};
-    clamped = clamped < last ? clamped : last;
-    const ints interval = __builtin_convertvector(clamped, ints);
-    const floats t = u - __builtin_convertvector(interval, floats);
+    floats t;
+    ints interval;
+    locate<float>((floats)_mm512_maskz_loadu_ps((1 << count) - 1, x), layer, interval, t);
     far |= ~((t < 256) & (t > -256));
     const auto low = t < 0.5f;
     const words bits = (words)(low ? 1 - t : t);
@@ -328,10 +325,9 @@ bool backward(const Layer<float>& layer, const BFloat16* g, const float* x, cons
   const int64_t B = layer.B, F = layer.F, N = layer.N, O = layer.O;
   const int threads = thread_count(3.0 * B * F * O), Z = tile_of(O), W = 2 * Z * L;
   const int64_t tiles = (O + W - 1) / W;
-  // A block of a tile of g stays in the second-level cache while the features pass. Passes keep the copy below 16 MB.
-  const int64_t limit = tokens_in_cache<BFloat16>(W, 5, 32 * N);
-  const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks, m = sorted_size(n_max);
-  const int64_t blocks_a_pass = std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(BFloat16)), 1, blocks);
+  const Blocks of_g = blocks_of<BFloat16>(B, N, tiles, W);
+  const int64_t blocks = of_g.blocks, n_max = of_g.n_max, blocks_a_pass = of_g.a_pass;
+  const int64_t m = sorted_size(n_max);
   const bool streamed = blocks == 1 && O % W == 0 && F * N * O * int64_t(sizeof(float)) >= 4 << 20;
   // Features go in pairs if their intervals have six tokens each or so (Zen 4, 128 and 384 wide).
   const int R = N <= 16 && n_max >= 6 * (N - 1) * (N - 1) ? 2 : 1;

@@ -115,6 +115,25 @@ template <class S> int64_t tokens_in_cache(int W, int fraction, int64_t least) {
   return std::clamp<int64_t>(std::max(fit, std::min<int64_t>(least, 4096)), 128, 4096);
 }
 
+// How the backward takes g, copied tile by tile, n_max tokens at a time: a block of a tile stays in the second-level cache
+// while the features pass. Passes keep the copy below 16 MB.
+struct Blocks {
+  int64_t blocks, n_max, a_pass;
+};
+template <class S> Blocks blocks_of(int64_t B, int64_t N, int64_t tiles, int64_t W) {
+  const int64_t limit = tokens_in_cache<S>(W, 5, 32 * N);
+  const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks;
+  return {blocks, n_max, std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(S)), 1, blocks)};
+}
+
+template <class S> INLINE void locate(vec<S> x, const Layer<S>& layer, typename Types<S>::ints& i, vec<S>& t) {
+  vec<S> u = (x + layer.half) * layer.inv, zero = {}, last = broadcast<S>(layer.N - 2);
+  vec<S> clamped = u > zero ? u : zero;  // so NaN gets interval 0, and t = NaN
+  clamped = clamped < last ? clamped : last;
+  i = __builtin_convertvector(clamped, typename Types<S>::ints);
+  t = u - __builtin_convertvector(i, vec<S>);
+}
+
 // Those intervals as where their rows begin, features having so many each.
 template <class S> void to_offsets(int32_t* i, int n, int rows, int width) {
   typename Types<S>::ints32 first;

@@ -89,14 +89,6 @@ void release_memory() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Where does x fall?
 
-template <class S> INLINE void locate(vec<S> x, const Layer<S>& layer, typename Types<S>::ints& i, vec<S>& t) {
-  vec<S> u = (x + layer.half) * layer.inv, zero = {}, last = broadcast<S>(layer.N - 2);
-  vec<S> clamped = u > zero ? u : zero;  // so NaN gets interval 0, and t = NaN
-  clamped = clamped < last ? clamped : last;
-  i = __builtin_convertvector(clamped, typename Types<S>::ints);
-  t = u - __builtin_convertvector(i, vec<S>);
-}
-
 // Of L features: interval and position of each token, (n, L). Beyond count they are those of x = 0.
 template <class S> void locate_group(const S* x, const Layer<S>& layer, int count, int n, int32_t* i, S* t) {
   constexpr int L = lanes<S>;
@@ -597,11 +589,8 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
     if (v <= (at_once ? V_most : V_narrow) && cost < best) best = cost, V = v;
   }
   const int64_t W = V * L, tiles = (O + W - 1) / W;
-  // g is copied tile by tile, n_max tokens at a time: a block of a tile stays in the second-level cache while the
-  // features pass. Passes keep the copy below 16 MB.
-  const int64_t limit = tokens_in_cache<S>(W, 5, 32 * N);
-  const int64_t blocks = (B + limit - 1) / limit, n_max = (B + blocks - 1) / blocks;
-  const int64_t blocks_a_pass = std::clamp<int64_t>((16 << 20) / (n_max * tiles * W * sizeof(S)), 1, blocks);
+  const Blocks of_g = blocks_of<S>(B, N, tiles, W);
+  const int64_t blocks = of_g.blocks, n_max = of_g.n_max, blocks_a_pass = of_g.a_pass;
   const bool aligned = O * sizeof(S) % VECTOR_BYTES == 0;
   const bool streamed = blocks == 1 && aligned && F * N * O * int64_t(sizeof(S)) >= 4 << 20;
   const int R = !at_once && N <= PAIRED_BACKWARD ? 2 : 1;
