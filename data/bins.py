@@ -123,14 +123,15 @@ class TokenData:
                     f"{path} has {self.tokens[split]:,} tokens, too few for block_size = {block_size}; "
                     "lower block_size or prepare more data"
                 )
-            self._files[split] = open(path, "rb")  # noqa: SIM115
+            # It is kept open: should the folder be prepared anew, this run goes on with what it began with. Read, not
+            # mapped: every page that a map touches for the first time costs as much as reading a window.
+            self._files[split] = open(path, "rb", buffering=0)  # noqa: SIM115
             weakref.finalize(self, self._files[split].close)
-            self._check(self._open(split)[: 2**20], path)
+            self._check(self._read(split, 0, min(2**20, self.tokens[split])), path)
 
-    def _open(self, split):
-        # A map kept open would count every page it ever touched as this process' memory. The file is kept open: should
-        # the folder be prepared anew, this run goes on with what it began with.
-        return np.memmap(self._files[split], dtype=self.dtype, mode="r")
+    def _read(self, split, start, count):
+        self._files[split].seek(start * self.dtype.itemsize)
+        return np.frombuffer(self._files[split].read(count * self.dtype.itemsize), dtype=self.dtype)
 
     def _check(self, ids, path):
         if ids.max() >= self.vocab_size:
@@ -140,8 +141,7 @@ class TokenData:
             )
 
     def _windows(self, split, starts):
-        data = self._open(split)
-        windows = np.stack([data[start : start + self.block_size + 1] for start in starts]).astype(np.int64)
+        windows = np.stack([self._read(split, start, self.block_size + 1) for start in starts]).astype(np.int64)
         self._check(windows, self.folder / f"{split}.bin")
         return windows
 

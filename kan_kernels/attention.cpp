@@ -119,17 +119,28 @@ struct Heads {
   const float* gain;  // (H), or null
 };
 
-void copy_rows(const float* x, int64_t x_row, const Heads& h, float* rows) {
-  for (int64_t t = 0; t < h.TP; t++, x += x_row, rows += h.DP) {
-    const int64_t n = t < h.T ? h.D : 0;
-    memcpy(rows, x, n * sizeof(float));
-    std::fill(rows + n, rows + h.DP, 0.0f);
-  }
+// The channels of a row are numbers of type E: vectors, or halves of them, if each half of the channels is some, or else
+// floats, of which GCC has to be told (ivdep) that those of different rows are not the same. What comes from outside may
+// begin anywhere.
+typedef float Half __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+template <class E> INLINE E get(const float* p, int64_t d) {
+  E e;
+  memcpy(&e, p + d * (sizeof(E) / sizeof(float)), sizeof(E));
+  return e;
+}
+template <class E> INLINE void put(float* p, int64_t d, E e) {
+  memcpy(p + d * (sizeof(E) / sizeof(float)), &e, sizeof(E));
 }
 
-// The channels of a row as numbers of type E: as vectors, if each half of them is some, or else as floats, of which GCC
-// has to be told (ivdep) that those of different rows are not the same.
-using Vectors = Types<float>::unaligned;
+INLINE void copy_row(const float* x, const Heads& h, float* row) {
+  if (h.D < h.DP) memcpy(row, x, h.D * sizeof(float));
+  else for (int64_t d = 0; d < h.D; d += L) store(row + d, load<float>(x + d));
+}
+void copy_rows(const float* x, int64_t x_row, const Heads& h, float* rows) {
+  if (h.TP > h.T || h.DP > h.D) std::fill(rows, rows + h.TP * h.DP, 0.0f);
+  for (int64_t t = 0; t < h.T; t++, x += x_row, rows += h.DP) copy_row(x, h, rows);
+}
 
 // rows (TP, DP) = x turned, normed, and times factor; inverse (T): what each was multiplied with by its norm.
 template <class E>
@@ -137,32 +148,28 @@ void turn_as(const float* x, int64_t x_row, const Heads& h, float factor, float*
   if (!h.cos) copy_rows(x, x_row, h, rows);
   else if (h.TP > h.T || h.DP > h.D) std::fill(rows, rows + h.TP * h.DP, 0.0f);
   const int64_t n = h.D * sizeof(float) / sizeof(E), half = n / 2;
-  const E *__restrict c = (const E*)h.cos, *__restrict s = (const E*)h.sin;
+  const float *c = h.cos, *s = h.sin;
+  const float share = 1 / (factor * factor * h.D);
   for (int64_t t = 0; t < h.T; t++, x += x_row, rows += h.DP) {
-    const E* __restrict from = (const E*)x;
-    E* __restrict row = (E*)rows;
     if (c) {
 #pragma GCC ivdep
       for (int64_t d = 0; d < half; d++) {
-        row[d] = factor * (from[d] * c[d] + from[d + half] * s[d]);
-        row[d + half] = factor * (from[d + half] * c[d + half] + from[d] * s[d + half]);
+        const E a = get<E>(x, d), b = get<E>(x, d + half);
+        put<E>(rows, d, factor * (a * get<E>(c, d) + b * get<E>(s, d)));
+        put<E>(rows, d + half, factor * (b * get<E>(c, d + half) + a * get<E>(s, d + half)));
       }
-      c += n, s += n;
+      c += h.D, s += h.D;
     } else {
-      for (int64_t d = 0; d < n; d++) row[d] *= factor;
+      for (int64_t d = 0; d < n; d++) put<E>(rows, d, factor * get<E>(rows, d));
     }
     if (h.normed) {
       E squares = {};
-      for (int64_t d = 0; d < n; d++) squares += row[d] * row[d];
-      const float mean = sum_of(squares) / (factor * factor * h.D);
+      for (int64_t d = 0; d < n; d++) squares += get<E>(rows, d) * get<E>(rows, d);
+      const float mean = sum_of(squares) * share;
       inverse[t] = 1 / std::sqrt(mean + std::numeric_limits<float>::epsilon());
-      for (int64_t d = 0; d < n; d++) row[d] *= inverse[t];
+      for (int64_t d = 0; d < n; d++) put<E>(rows, d, inverse[t] * get<E>(rows, d));
     }
   }
-}
-void turn(const float* x, int64_t x_row, const Heads& h, float factor, float* rows, float* inverse) {
-  const auto turn = h.D % (2 * L) ? turn_as<float> : turn_as<Vectors>;
-  turn(x, x_row, h, factor, rows, inverse);
 }
 
 // dx from the gradient of the rows that turn made, of which the factor has been taken out; dx's rows are dx_row apart.
@@ -170,33 +177,38 @@ template <class E>
 void turn_back_as(float* d_rows, const float* rows, const float* inverse, const Heads& h, float factor, float* dx,
                   int64_t dx_row) {
   const int64_t n = h.D * sizeof(float) / sizeof(E), half = n / 2;
-  const E *__restrict c = (const E*)h.cos, *__restrict s = (const E*)h.sin;
+  const float *c = h.cos, *s = h.sin;
+  const float share = 1 / (factor * factor * h.D);
   for (int64_t t = 0; t < h.T; t++, d_rows += h.DP, rows += h.DP, dx += dx_row) {
-    E *__restrict d_row = (E*)d_rows, *__restrict to = (E*)dx;
     float f = factor;
     if (h.normed) {  // what is along the row is lost
-      const E* __restrict row = (const E*)rows;
       E products = {};
-      for (int64_t d = 0; d < n; d++) products += d_row[d] * row[d];
-      const float along = sum_of(products) / (h.D * factor * factor);
-      for (int64_t d = 0; d < n; d++) d_row[d] -= row[d] * along;
+      for (int64_t d = 0; d < n; d++) products += get<E>(d_rows, d) * get<E>(rows, d);
+      const float along = sum_of(products) * share;
+      for (int64_t d = 0; d < n; d++) put<E>(d_rows, d, get<E>(d_rows, d) - get<E>(rows, d) * along);
       f *= inverse[t];
     }
     if (c) {
 #pragma GCC ivdep
       for (int64_t d = 0; d < half; d++) {
-        to[d] = f * (d_row[d] * c[d] + d_row[d + half] * s[d + half]);
-        to[d + half] = f * (d_row[d + half] * c[d + half] + d_row[d] * s[d]);
+        const E a = get<E>(d_rows, d), b = get<E>(d_rows, d + half);
+        put<E>(dx, d, f * (a * get<E>(c, d) + b * get<E>(s, d + half)));
+        put<E>(dx, d + half, f * (b * get<E>(c, d + half) + a * get<E>(s, d)));
       }
-      c += n, s += n;
+      c += h.D, s += h.D;
     } else {
-      for (int64_t d = 0; d < n; d++) to[d] = f * d_row[d];
+      for (int64_t d = 0; d < n; d++) put<E>(dx, d, f * get<E>(d_rows, d));
     }
   }
 }
+
+void turn(const float* x, int64_t x_row, const Heads& h, float factor, float* rows, float* inverse) {
+  const auto turn = h.D % (2 * L) == 0 ? turn_as<V> : h.D % L == 0 ? turn_as<Half> : turn_as<float>;
+  turn(x, x_row, h, factor, rows, inverse);
+}
 void turn_back(float* d_rows, const float* rows, const float* inverse, const Heads& h, float factor, float* dx,
                int64_t dx_row) {
-  const auto turn_back = h.D % (2 * L) ? turn_back_as<float> : turn_back_as<Vectors>;
+  const auto turn_back = h.D % (2 * L) == 0 ? turn_back_as<V> : h.D % L == 0 ? turn_back_as<Half> : turn_back_as<float>;
   turn_back(d_rows, rows, inverse, h, factor, dx, dx_row);
 }
 
@@ -376,7 +388,7 @@ void backward(const Heads& h, const float* dy, const float* qkv, float* dqkv, fl
       float* dx = dqkv + b * h.T * 3 * C + first;
       turn_back(dq, ungained, of_q, h, h.scale, dx, 3 * C);
       turn_back(dk, k, of_k, h, 1, dx + C, 3 * C);
-      for (int64_t t = 0; t < h.T; t++) memcpy(dx + 2 * C + t * 3 * C, dv + t * h.DP, h.D * sizeof(float));
+      for (int64_t t = 0; t < h.T; t++) copy_row(dv + t * h.DP, h, dx + 2 * C + t * 3 * C);
     }
   }
 }

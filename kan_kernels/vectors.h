@@ -69,17 +69,17 @@ INLINE void store(c10::BFloat16* p, vec<float> v) {
 }
 
 // All numbers of a vector as one: op of a half and the other, until one is left.
-template <int half, size_t... I> INLINE vec<float> swapped(vec<float> v, std::index_sequence<I...>) {
+template <int half, class W, size_t... I> INLINE W swapped(W v, std::index_sequence<I...>) {
   return __builtin_shufflevector(v, v, (I ^ half)...);
 }
-template <int half = lanes<float> / 2, class Op> INLINE float reduce(vec<float> v, Op op) {
+template <class W, int half = sizeof(W) / sizeof(float) / 2, class Op> INLINE float reduce(W v, Op op) {
   if constexpr (half == 0) return v[0];
-  else return reduce<half / 2>(op(v, swapped<half>(v, std::make_index_sequence<lanes<float>>())), op);
-}
-INLINE float sum_of(vec<float> v) {
-  return reduce(v, [](auto a, auto b) { return a + b; });
+  else return reduce<W, half / 2>(op(v, swapped<half>(v, std::make_index_sequence<sizeof(W) / sizeof(float)>())), op);
 }
 INLINE float sum_of(float x) { return x; }
+template <class W> INLINE float sum_of(W v) {
+  return reduce(v, [](auto a, auto b) { return a + b; });
+}
 INLINE float largest_of(vec<float> v) {
   return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }

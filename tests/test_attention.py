@@ -88,7 +88,7 @@ def in_parts(qkv, heads, cos, sin, qk_norm, parts, keys, values, gain=None):
     B=st.integers(1, 3),
     T=st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 127, 128, 129, 200])),
     heads=st.integers(1, 3),
-    half=st.one_of(st.integers(1, 9), st.sampled_from([16, 20, 32, 33, 64])),
+    half=st.one_of(st.integers(1, 9), st.sampled_from([16, 20, 24, 32, 33, 64])),
     odd=st.booleans(),
     turned=st.booleans(),
     qk_norm=st.booleans(),
@@ -177,6 +177,22 @@ def test_does_not_depend_on_the_number_of_threads_or_the_strides():
     results.append(both(*strided, 3, cos, sin, True, kan_kernels.attention, make_gain(3)))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("D", [8, 16, 24, 32, 64])  # rows that are read as floats, as halves of vectors and as vectors
+def test_memory_may_begin_anywhere(D):
+    qkv, g, *rotation = make(2, 21, 3, D, True)
+
+    def moved(x):
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+    def results(*tensors):
+        qkv, g, cos, sin, gain = tensors
+        y = ops.attention(qkv, 3, cos, sin, True, gain)
+        return y, *ops.attention_backward(g, qkv, 3, cos, sin, True, gain)
+
+    tensors = qkv, g, *rotation, make_gain(3)
+    assert all(map(torch.equal, results(*map(moved, tensors)), results(*tensors)))
 
 
 @pytest.mark.parametrize("turned, qk_norm, gained", [(False, False, False), (True, True, False), (True, True, True)])
