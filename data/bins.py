@@ -124,7 +124,7 @@ class TokenData:
                     "lower block_size or prepare more data"
                 )
             # It is kept open: should the folder be prepared anew, this run goes on with what it began with. Read, not
-            # mapped: every page that a map touches for the first time costs as much as reading a window.
+            # mapped: every page that a map touches for the first time costs more than reading a window.
             self._files[split] = open(path, "rb", buffering=0)  # noqa: SIM115
             weakref.finalize(self, self._files[split].close)
             self._check(self._read(split, 0, min(2**20, self.tokens[split])), path)
