@@ -127,9 +127,10 @@ class TokenData:
             # mapped: every page that a map touches for the first time costs more than reading a window.
             self._files[split] = open(path, "rb", buffering=0)  # noqa: SIM115
             weakref.finalize(self, self._files[split].close)
-            self._check(self._read(split, 0, min(2**20, self.tokens[split])), path)
+            self._check(self._read(split, 0, 2**20), path)
 
     def _read(self, split, start, count):
+        """The tokens from start on, count of them or as many as there are."""
         self._files[split].seek(start * self.dtype.itemsize)
         return np.frombuffer(self._files[split].read(count * self.dtype.itemsize), dtype=self.dtype)
 

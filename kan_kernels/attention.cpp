@@ -133,20 +133,23 @@ template <class E> INLINE void put(float* p, int64_t d, E e) {
   memcpy(p + d * (sizeof(E) / sizeof(float)), &e, sizeof(E));
 }
 
+// What lies beyond T and D is zero.
+void clear_padding(const Heads& h, float* rows) {
+  if (h.TP > h.T || h.DP > h.D) std::fill(rows, rows + h.TP * h.DP, 0.0f);
+}
 INLINE void copy_row(const float* x, const Heads& h, float* row) {
   if (h.D < h.DP) memcpy(row, x, h.D * sizeof(float));
   else for (int64_t d = 0; d < h.D; d += L) store(row + d, load<float>(x + d));
 }
 void copy_rows(const float* x, int64_t x_row, const Heads& h, float* rows) {
-  if (h.TP > h.T || h.DP > h.D) std::fill(rows, rows + h.TP * h.DP, 0.0f);
+  clear_padding(h, rows);
   for (int64_t t = 0; t < h.T; t++, x += x_row, rows += h.DP) copy_row(x, h, rows);
 }
 
 // rows (TP, DP) = x turned, normed, and times factor; inverse (T): what each was multiplied with by its norm.
 template <class E>
 void turn_as(const float* x, int64_t x_row, const Heads& h, float factor, float* rows, float* inverse) {
-  if (!h.cos) copy_rows(x, x_row, h, rows);
-  else if (h.TP > h.T || h.DP > h.D) std::fill(rows, rows + h.TP * h.DP, 0.0f);
+  clear_padding(h, rows);
   const int64_t n = h.D * sizeof(float) / sizeof(E), half = n / 2;
   const float *c = h.cos, *s = h.sin;
   const float share = 1 / (factor * factor * h.D);
@@ -160,7 +163,7 @@ void turn_as(const float* x, int64_t x_row, const Heads& h, float factor, float*
       }
       c += h.D, s += h.D;
     } else {
-      for (int64_t d = 0; d < n; d++) put<E>(rows, d, factor * get<E>(rows, d));
+      for (int64_t d = 0; d < n; d++) put<E>(rows, d, factor * get<E>(x, d));
     }
     if (h.normed) {
       E squares = {};
