@@ -658,6 +658,28 @@ def power_law(x, y):
     return math.exp(intercept), -slope
 
 
+def draw_curves(axis, plan, rows, measure):
+    """Validation loss of a comparison's rows against tokens or seconds, the mean over seeds and its error as a band."""
+    for number, arm in enumerate(plan.arms):
+        for row in (row for row in rows if row.arm == arm and row.mean < math.inf):
+            curves = [[loss for step, loss in run["curve"] if step] for run in row.runs]
+            steps = [step for step, _ in row.runs[0]["curve"] if step]
+            per_step = row.runs[0]["batch_tokens"] if measure == "tokens" else row.ms / 1e3
+            mean = [statistics.mean(values) for values in zip(*curves)]
+            error = [standard_error(values) if len(values) > 1 else 0 for values in zip(*curves)]
+            where = [step * per_step for step in steps]
+            axis.plot(where, mean, color=f"C{number}", label=f"{arm} ({row.mean:.3f})", linewidth=1)
+            low, high = ([m + sign * e for m, e in zip(mean, error)] for sign in (-1, 1))
+            axis.fill_between(where, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
+    finals = [row.mean for row in rows if row.mean < math.inf]
+    if finals:
+        axis.set_ylim(min(finals) - 0.05, max(finals) + 0.5)
+    axis.set_xlabel("tokens" if measure == "tokens" else "seconds of training")
+    axis.set_ylabel("validation loss, nats")
+    axis.grid(True, linewidth=0.3)
+    axis.legend(fontsize=7)
+
+
 def figure(plan, compared, path):
     """Validation loss against tokens and against seconds, a row of axes per cell, mean and standard error as a band."""
     import matplotlib
@@ -672,26 +694,8 @@ def figure(plan, compared, path):
     for cell, pair in zip(cells, axes, strict=True):
         for axis, measure in zip(pair, MEASURES, strict=True):
             equal = measure if (cell, measure) in compared else next(m for m in MEASURES if (cell, m) in compared)
-            rows = compared[cell, equal]
-            for number, arm in enumerate(plan.arms):
-                for row in (row for row in rows if row.arm == arm and row.mean < math.inf):
-                    curves = [[loss for step, loss in run["curve"] if step] for run in row.runs]
-                    steps = [step for step, _ in row.runs[0]["curve"] if step]
-                    per_step = row.runs[0]["batch_tokens"] if measure == "tokens" else row.ms / 1e3
-                    mean = [statistics.mean(values) for values in zip(*curves)]
-                    error = [standard_error(values) if len(values) > 1 else 0 for values in zip(*curves)]
-                    where = [step * per_step for step in steps]
-                    axis.plot(where, mean, color=f"C{number}", label=f"{arm} ({row.mean:.3f})", linewidth=1)
-                    low, high = ([m + sign * e for m, e in zip(mean, error)] for sign in (-1, 1))
-                    axis.fill_between(where, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
-            finals = [row.mean for row in rows if row.mean < math.inf]
-            if finals:
-                axis.set_ylim(min(finals) - 0.05, max(finals) + 0.5)
+            draw_curves(axis, plan, compared[cell, equal], measure)
             axis.set_title(f"{cell}, equal {equal}", fontsize=9)
-            axis.set_xlabel("tokens" if measure == "tokens" else "seconds of training")
-            axis.set_ylabel("validation loss, nats")
-            axis.grid(True, linewidth=0.3)
-            axis.legend(fontsize=7)
     return save_figure(drawing, path, dpi=90)  # many cells make it large
 
 

@@ -1,0 +1,135 @@
+"""The KAN's loss less the MLP's, by corpus and size: the picture of docs/results.md, and the numbers in it.
+
+    python docs/leads.py [--out docs/results/leads.png]
+
+It reads what ablate.py left in docs/results and trains nothing; the three corpora must be prepared, by which runs are
+known. Above, the difference of means over seeds with its standard error: below zero the KAN is better. Below, loss
+against seconds of training in three of those comparisons, the mean with its standard error as a band.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ablate
+import cli
+from bench import markdown
+from plot import save_figure
+
+ROOT = Path(__file__).resolve().parents[1]
+CORPORA = dict(shakespeare_char="tiny Shakespeare", python_stdlib="the library", debian_handbook="the handbook")
+LARGE, SMALLER, TOKENS = "the MLP as large", "the best smaller MLP", "the MLP as large, bfloat16, 1,536 tokens a step"
+KAN, KAN_BY_TOKENS = "kan_muon_3_layers", "kan_tables_muon"
+STYLES = {LARGE: "o-", SMALLER: "s--", TOKENS: "^:"}
+# Panel; plan; what is equal; the KAN among its arms; what the MLP as large is called
+COMPARED = (
+    ("equal seconds, float32", "momentum", "seconds", KAN, LARGE),
+    ("equal seconds, bfloat16", "bfloat16", "seconds", KAN, LARGE),
+    ("equal seconds, bfloat16", "bfloat16_10M", "seconds", KAN, LARGE),
+    ("equal tokens", "tokens", "tokens", KAN_BY_TOKENS, LARGE),
+    ("equal tokens", "bfloat16_tokens", "tokens", KAN_BY_TOKENS, TOKENS),
+    ("equal tokens", "bfloat16_10M", "tokens", KAN_BY_TOKENS, TOKENS),
+)
+CURVES = {"stdlib_02M": "0.2M", "stdlib_08M": "0.8M", "stdlib_3M": "3M"}  # cells of momentum.toml
+
+
+@dataclass
+class Options:
+    out: str = str(ROOT / "docs" / "results" / "leads.png")  # the picture to write
+    results: str = str(ROOT / "docs" / "results")  # the folder that ablate.py wrote them to
+
+
+@dataclass
+class Lead:
+    panel: str
+    against: str
+    corpus: str
+    size: int  # the KAN's parameters beside the embeddings
+    nats: float  # the KAN less the MLP
+    error: float  # its standard error; nan with one seed
+    verdict: str
+
+
+def load(name, results):
+    """(a plan of ours, {(cell, what is equal): rows}), as timed with one thread."""
+    path = str(ROOT / "configs" / "ablations" / f"{name}.toml")
+    plan = ablate.read_plan(path)
+    runner = ablate.Runner(plan, ablate.Options(path, threads=1, out=results))
+    for cell in plan.cells:
+        runner.data(cell)  # what is not prepared is said at once
+    return plan, ablate.comparisons(runner)
+
+
+def leads(panel, plan, compared, equal, kan, large=LARGE):
+    """The arm `kan` less the best baseline as large and less the best smaller one, in every cell but those of longer
+    runs, which are for another question."""
+    found = []
+    for (cell, measure), rows in compared.items():
+        rows = {row.arm: row for row in rows}
+        if measure != equal or kan not in rows or "max_steps" in plan.cells[cell]:
+            continue
+        run = rows[kan].runs[0]
+        for as_large in (True, False):
+            arms = [arm for arm in plan.baselines if arm in rows and plan.arms[arm].equal_parameters == as_large]
+            if arms:
+                best = min((rows[arm] for arm in arms), key=lambda row: row.mean)
+                where = CORPORA[run["options"]["data"]], run["parameters"]["non_embedding"]
+                nats, error, verdict = ablate.difference(rows[kan], best)
+                error = math.nan if error is None else error
+                found.append(Lead(panel, large if as_large else SMALLER, *where, nats, error, verdict))
+    return sorted(found, key=lambda lead: (lead.against, lead.corpus, lead.size))
+
+
+def draw_leads(axis, panel, found):
+    for corpus in CORPORA.values():
+        for against, style in STYLES.items():
+            points = [lead for lead in found if (lead.panel, lead.corpus, lead.against) == (panel, corpus, against)]
+            if points:
+                sizes, nats, errors = zip(*((lead.size, lead.nats, lead.error) for lead in points))
+                color, label = f"C{list(CORPORA.values()).index(corpus)}", f"{corpus}, less {against}"
+                axis.errorbar(sizes, nats, errors, fmt=style, color=color, label=label, capsize=2, markersize=4)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xticks([2e5, 8e5, 3e6, 1e7], ["0.2M", "0.8M", "3M", "10M"])
+    axis.set_xticks([], minor=True)
+    nats = [lead.nats for lead in found]
+    axis.set(xlim=(1.5e5, 1.3e7), ylim=(min(nats) - 0.03, max(nats) + 0.01))  # with room for the legend
+    axis.set(title=panel, xlabel="parameters beside the embeddings")
+    axis.grid(True, linewidth=0.3)
+    axis.legend(fontsize=6, loc="lower left")
+
+
+def main(arguments):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    options = cli.parse(Options, arguments)
+    plans = {name: load(name, options.results) for name in dict.fromkeys(plan for _, plan, *_ in COMPARED)}
+    found = [lead for panel, name, *how in COMPARED for lead in leads(panel, *plans[name], *how)]
+    if not found:
+        raise ValueError(
+            f"{options.results} has none of our results; run ablate.py's plans with --out={options.results}"
+        )
+    lines = [
+        [lead.panel, lead.corpus, f"{lead.size:,}", lead.against, f"{lead.nats:+.4f} ± {lead.error:.4f}", lead.verdict]
+        for lead in found
+    ]
+    print(markdown(["", "corpus", "parameters", "the KAN less", "nats", ""], lines))
+    picture, (top, bottom) = plt.subplots(2, 3, figsize=(14, 8.5), layout="constrained")
+    for axis, panel in zip(top, dict.fromkeys(lead.panel for lead in found)):
+        draw_leads(axis, panel, found)
+    top[0].set_ylabel("validation loss, the KAN less an MLP, nats")
+    plan, compared = plans["momentum"]
+    for axis, (cell, size) in zip(bottom, CURVES.items(), strict=True):
+        rows = [row for row in compared.get((cell, "seconds"), []) if row.arm in (*plan.baselines, KAN)]
+        ablate.draw_curves(axis, plan, rows, "seconds")
+        axis.set_title(f"the library, {size}, equal seconds, float32")
+    print(save_figure(picture, options.out, dpi=110))
+
+
+if __name__ == "__main__":
+    cli.run(main)

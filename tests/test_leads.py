@@ -1,0 +1,123 @@
+"""docs/leads.py: what it says of runs whose differences are known, and that the documents say what it says of ours."""
+
+import importlib.util
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+import ablate
+from model import count
+
+spec = importlib.util.spec_from_file_location("leads", ROOT / "docs" / "leads.py")
+leads = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(leads)
+
+SIZES = {"0.2M": 2e5, "0.8M": 8e5, "3M": 3.1e6, "10M": 9.6e6}
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """{name: what leads.load gives} of docs/results. No corpus is prepared here; the runs say what they were of."""
+    corpora = {}
+    for path in (ROOT / "docs" / "results").glob("*.json"):
+        for run in json.loads(path.read_text())["runs"].values():
+            vocab_size = run["parameters"]["embedding"] // run["options"]["n_embd"] if "parameters" in run else None
+            corpora[run["options"]["data"]] = run["data"], vocab_size
+
+    def data(runner, cell):
+        config = ablate.make_config(runner.plan.options(cell, runner.plan.reference, {}))
+        fingerprint, vocab_size = corpora[config.data]
+        return SimpleNamespace(fingerprint=fingerprint), count(config.model_config(vocab_size))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablate.Runner, "data", data)
+        return {name: leads.load(name, str(ROOT / "docs" / "results")) for _, name, *_ in leads.COMPARED}
+
+
+@pytest.fixture(scope="module")
+def ours(plans):
+    return [lead for panel, name, *how in leads.COMPARED for lead in leads.leads(panel, *plans[name], *how)]
+
+
+def of(found, panel, against, size, corpus=None):
+    near = (lead for lead in found if abs(lead.size / SIZES[size] - 1) < 0.05 and corpus in (None, lead.corpus))
+    return [lead for lead in near if (lead.panel, lead.against) == (panel, against)]
+
+
+def test_the_tables_of_the_results_are_those_of_the_runs(ours):
+    sections = {
+        part.partition("\n")[0]: part for part in re.split(r"^## ", (ROOT / "docs/results.md").read_text(), flags=re.M)
+    }
+    columns = {
+        ("Equal seconds", "equal seconds, float32"): (leads.LARGE, leads.SMALLER),
+        ("In bfloat16", "equal seconds, bfloat16"): (leads.LARGE, leads.SMALLER),
+        ("Equal tokens", "equal tokens"): (leads.LARGE,),
+    }
+    for (section, panel), kinds in columns.items():
+        rows = re.findall(r"^\| ([\w ]+), ([\d.]+M) \|(.*)$", sections[section], flags=re.M)
+        rows = [row for row in rows if "BPE" not in row[0] and re.search("[+-]0", row[2])][:9]
+        assert len({row[:2] for row in rows}) == 9, section
+        for corpus, size, text in rows:
+            said = re.findall(r"([+-]0\.\d+) ± (0\.\d+)(, tie)?", text)
+            for kind, (nats, error, tie) in zip(kinds, said):
+                (lead,) = of(ours, panel, kind, size, corpus)
+                assert lead.nats == pytest.approx(float(nats), abs=6e-4), (section, corpus, size, kind)
+                assert lead.error == pytest.approx(float(error), abs=6e-4), (section, corpus, size, kind)
+                assert (lead.verdict == "tie") == bool(tie), (section, corpus, size, kind)
+
+
+def test_the_ranges_of_the_readme_are_those_of_the_runs(ours):
+    rows = re.findall(r"^\| (0\.2M|0\.8M|3M) \|(.*)$", (ROOT / "README.md").read_text(), flags=re.M)
+    assert [size for size, _ in rows] == ["0.2M", "0.8M", "3M"]
+    for size, text in rows:
+        columns = [
+            (panel, kind)
+            for panel, kind in (
+                ("equal seconds, float32", leads.LARGE),
+                ("equal seconds, float32", leads.SMALLER),
+                ("equal seconds, bfloat16", leads.LARGE),
+                ("equal seconds, bfloat16", leads.SMALLER),
+            )
+        ]
+        for (panel, kind), (low, high) in zip(columns, re.findall(r"([+-][\d.]+) to ([+-][\d.]+)", text), strict=True):
+            nats = [lead.nats for lead in of(ours, panel, kind, size)]
+            assert len(nats) == 3
+            assert (min(nats), max(nats)) == pytest.approx((float(low), float(high)), abs=6e-4), (size, panel, kind)
+
+
+def row(arm, *losses, size=1000, options=None):
+    run = dict(options=dict(data="python_stdlib"), parameters=dict(non_embedding=size))
+    return ablate.Row(arm, [dict(run, val_loss=loss) for loss in losses], {}, 1.0, None)
+
+
+def test_the_best_of_each_kind_is_held_against():
+    arms = dict(large=True, large_too=True, small=False, kan=True)
+    plan = SimpleNamespace(
+        baselines=["large", "large_too", "small"],
+        arms={name: SimpleNamespace(equal_parameters=equal) for name, equal in arms.items()},
+        cells=dict(one={}, longer=dict(max_steps=8000)),
+    )
+    rows = [row("large", 2.0, 2.0), row("large_too", 1.5, 1.7), row("small", 1.4, 1.4), row("kan", 1.3, 1.5, size=900)]
+    compared = {("one", "seconds"): rows, ("one", "tokens"): rows[:3], ("longer", "seconds"): rows}
+    smaller, large = sorted(leads.leads("panel", plan, compared, "seconds", "kan"), key=lambda lead: -lead.nats)
+    assert (large.against, smaller.against) == (leads.LARGE, leads.SMALLER)
+    assert (large.nats, large.error) == pytest.approx((-0.2, 0.02**0.5)) and large.verdict == "tie"
+    assert (smaller.nats, smaller.error) == pytest.approx((0, 0.1), abs=1e-12)
+    assert (large.corpus, large.size) == ("the library", 900)
+
+
+def test_the_picture_and_the_numbers(plans, ours, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(leads, "load", lambda name, results: plans[name])
+    leads.main([f"--out={tmp_path / 'leads.png'}"])
+    assert (tmp_path / "leads.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.count(" | the library | ") == sum(lead.corpus == "the library" for lead in ours)
+
+
+def test_without_results_or_data_it_says_what_to_do(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(leads, "load", lambda name, results: (SimpleNamespace(cells={}), {}))
+    with pytest.raises(ValueError, match="run ablate"):
+        leads.main([f"--out={tmp_path / 'leads.png'}"])
+    assert not list(tmp_path.iterdir())
