@@ -47,26 +47,43 @@ def of(found, panel, against, size, corpus=None):
     return [lead for lead in near if (lead.panel, lead.against) == (panel, against)]
 
 
-def test_the_tables_of_the_results_are_those_of_the_runs(ours):
-    sections = {
-        part.partition("\n")[0]: part for part in re.split(r"^## ", (ROOT / "docs/results.md").read_text(), flags=re.M)
-    }
-    columns = {
-        ("Equal seconds", "equal seconds, float32"): (leads.LARGE, leads.SMALLER),
-        ("In bfloat16", "equal seconds, bfloat16"): (leads.LARGE, leads.SMALLER),
-        ("Equal tokens", "equal tokens"): (leads.LARGE,),
-    }
-    for (section, panel), kinds in columns.items():
-        rows = re.findall(r"^\| ([\w ]+), ([\d.]+M) \|(.*)$", sections[section], flags=re.M)
-        rows = [row for row in rows if "BPE" not in row[0] and re.search("[+-]0", row[2])][:9]
-        assert len({row[:2] for row in rows}) == 9, section
-        for corpus, size, text in rows:
-            said = re.findall(r"([+-]0\.\d+) ± (0\.\d+)(, tie)?", text)
-            for kind, (nats, error, tie) in zip(kinds, said):
-                (lead,) = of(ours, panel, kind, size, corpus)
-                assert lead.nats == pytest.approx(float(nats), abs=6e-4), (section, corpus, size, kind)
-                assert lead.error == pytest.approx(float(error), abs=6e-4), (section, corpus, size, kind)
-                assert (lead.verdict == "tie") == bool(tie), (section, corpus, size, kind)
+def assert_says(text, found, panel, kinds, size, corpus):
+    """Of a table's row: its differences, in this order, are those of the runs."""
+    said = re.findall(r"([+-]0\.\d+) ± (0\.\d+)(, tie)?", text)
+    for kind, (nats, error, tie) in zip(kinds, said[: len(kinds)], strict=True):
+        (lead,) = of(found, panel, kind, size, corpus)
+        assert (lead.nats, lead.error) == pytest.approx((float(nats), float(error)), abs=6e-4), (text, kind)
+        assert (lead.verdict == "tie") == bool(tie), (text, kind)
+
+
+def sections():
+    text = (ROOT / "docs" / "results.md").read_text()
+    return {part.partition("\n")[0]: part for part in re.split(r"^## ", text, flags=re.M)}
+
+
+@pytest.mark.parametrize(
+    "section, panel, kinds",
+    [
+        ("Equal seconds", "equal seconds, float32", (leads.LARGE, leads.SMALLER)),
+        ("In bfloat16", "equal seconds, bfloat16", (leads.LARGE, leads.SMALLER)),
+        ("Equal tokens", "equal tokens", (leads.LARGE,)),
+    ],
+)
+def test_the_tables_of_the_results_are_those_of_the_runs(ours, section, panel, kinds):
+    rows = re.findall(r"^\| ([\w ]+), ([\d.]+M) \|(.*)$", sections()[section], flags=re.M)[:9]
+    assert len({(corpus, size) for corpus, size, _ in rows}) == 9
+    for corpus, size, text in rows:
+        assert_says(text, ours, panel, kinds, size, corpus)
+
+
+def test_so_are_those_of_ten_million_parameters(ours):
+    text = sections()["At ten million parameters"]
+    (row,) = re.findall(r"^\| KAN, three layers \|.*$", text, flags=re.M)
+    assert_says(row, ours, "equal seconds, bfloat16", (leads.LARGE, leads.SMALLER), "10M", "the library")
+    rows = re.findall(r"^\| ([\d.]+M) \|(.*)$", text, flags=re.M)
+    assert [size for size, _ in rows] == list(SIZES)
+    for size, row in rows:
+        assert_says(row, ours, "equal tokens", (leads.TOKENS,), size, "the library")
 
 
 def test_the_ranges_of_the_readme_are_those_of_the_runs(ours):
