@@ -18,7 +18,6 @@ import cli
 from bench import markdown
 from plot import save_figure
 
-ROOT = Path(__file__).resolve().parents[1]
 CORPORA = dict(shakespeare_char="tiny Shakespeare", python_stdlib="the library", debian_handbook="the handbook")
 LARGE, SMALLER, TOKENS = "the MLP as large", "the best smaller MLP", "the MLP as large, bfloat16, 1,536 tokens a step"
 KAN, KAN_BY_TOKENS = "kan_muon_3_layers", "kan_tables_muon"
@@ -37,8 +36,8 @@ CURVES = {"stdlib_02M": "0.2M", "stdlib_08M": "0.8M", "stdlib_3M": "3M"}  # cell
 
 @dataclass
 class Options:
-    out: str = str(ROOT / "docs" / "results" / "leads.png")  # the picture to write
-    results: str = str(ROOT / "docs" / "results")  # the folder that ablate.py wrote them to
+    out: str = str(ablate.ROOT / "docs" / "results" / "leads.png")  # the picture to write
+    results: str = str(ablate.ROOT / "docs" / "results")  # the folder that ablate.py wrote them to
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Lead:
 
 def load(name, results):
     """(a plan of ours, {(cell, what is equal): rows}), as timed with one thread."""
-    path = str(ROOT / "configs" / "ablations" / f"{name}.toml")
+    path = str(ablate.ROOT / "configs" / "ablations" / f"{name}.toml")
     plan = ablate.read_plan(path)
     runner = ablate.Runner(plan, ablate.Options(path, threads=1, out=results))
     for cell in plan.cells:
@@ -67,29 +66,27 @@ def leads(panel, plan, compared, equal, kan, large=LARGE):
     runs, which are for another question."""
     found = []
     for (cell, measure), rows in compared.items():
-        rows = {row.arm: row for row in rows}
-        if measure != equal or kan not in rows or "max_steps" in plan.cells[cell]:
+        ours = next((row for row in rows if row.arm == kan), None)
+        if measure != equal or ours is None or "max_steps" in plan.cells[cell]:
             continue
-        run = rows[kan].runs[0]
-        for as_large in (True, False):
-            arms = [arm for arm in plan.baselines if arm in rows and plan.arms[arm].equal_parameters == as_large]
-            if arms:
-                best = min((rows[arm] for arm in arms), key=lambda row: row.mean)
-                where = CORPORA[run["options"]["data"]], run["parameters"]["non_embedding"]
-                nats, error, verdict = ablate.difference(rows[kan], best)
-                error = math.nan if error is None else error
-                found.append(Lead(panel, large if as_large else SMALLER, *where, nats, error, verdict))
+        run = ours.runs[0]
+        where = CORPORA[run["options"]["data"]], run["parameters"]["non_embedding"]
+        for against, as_large in ((large, True), (SMALLER, False)):
+            kind = [row for row in rows if plan.arms[row.arm].equal_parameters == as_large]
+            if best := ablate.best_baseline(plan, kind):
+                nats, error, verdict = ablate.difference(ours, best)
+                found.append(Lead(panel, against, *where, nats, math.nan if error is None else error, verdict))
     return sorted(found, key=lambda lead: (lead.against, lead.corpus, lead.size))
 
 
 def draw_leads(axis, panel, found):
-    for corpus in CORPORA.values():
+    for number, corpus in enumerate(CORPORA.values()):
         for against, style in STYLES.items():
             points = [lead for lead in found if (lead.panel, lead.corpus, lead.against) == (panel, corpus, against)]
             if points:
                 sizes, nats, errors = zip(*((lead.size, lead.nats, lead.error) for lead in points))
-                color, label = f"C{list(CORPORA.values()).index(corpus)}", f"{corpus}, less {against}"
-                axis.errorbar(sizes, nats, errors, fmt=style, color=color, label=label, capsize=2, markersize=4)
+                how = dict(fmt=style, color=f"C{number}", capsize=2, markersize=4)
+                axis.errorbar(sizes, nats, errors, label=f"{corpus}, less {against}", **how)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xscale("log")
     axis.set_xticks([2e5, 8e5, 3e6, 1e7], ["0.2M", "0.8M", "3M", "10M"])

@@ -1,5 +1,6 @@
 """Small data and small runs that several test files share. Run all tests with `make test`."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -81,6 +82,14 @@ def script(tmp_path):
         )
 
     return run
+
+
+def load_script(name):
+    """A script that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def torchrun(script, processes, config, *more, env=None):

@@ -1,18 +1,14 @@
 """docs/anatomy.py: what it says of layers whose answers are known, and of a small run."""
 
-import importlib.util
-
 import pytest
 import torch
-from conftest import ROOT, assert_one_line
+from conftest import assert_one_line, load_script
 
 import checkpoint
 import train
 from kan_layer import KANLayer
 
-spec = importlib.util.spec_from_file_location("anatomy", ROOT / "docs" / "anatomy.py")
-anatomy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(anatomy)
+anatomy = load_script("docs/anatomy.py")
 
 
 def known_layer():

@@ -1,19 +1,17 @@
 """docs/leads.py: what it says of runs whose differences are known, and that the documents say what it says of ours."""
 
-import importlib.util
 import json
 import re
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 import ablate
+from data import bins
 from model import count
 
-spec = importlib.util.spec_from_file_location("leads", ROOT / "docs" / "leads.py")
-leads = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(leads)
+leads = load_script("docs/leads.py")
 
 SIZES = {"0.2M": 2e5, "0.8M": 8e5, "3M": 3.1e6, "10M": 9.6e6}
 
@@ -24,8 +22,9 @@ def plans():
     corpora = {}
     for path in (ROOT / "docs" / "results").glob("*.json"):
         for run in json.loads(path.read_text())["runs"].values():
-            vocab_size = run["parameters"]["embedding"] // run["options"]["n_embd"] if "parameters" in run else None
-            corpora[run["options"]["data"]] = run["data"], vocab_size
+            if "parameters" in run:  # it did not diverge
+                vocab_size = run["parameters"]["embedding"] // run["options"]["n_embd"]
+                corpora[run["options"]["data"]] = run["data"], vocab_size
 
     def data(runner, cell):
         config = ablate.make_config(runner.plan.options(cell, runner.plan.reference, {}))
@@ -89,23 +88,16 @@ def test_so_are_those_of_ten_million_parameters(ours):
 def test_the_ranges_of_the_readme_are_those_of_the_runs(ours):
     rows = re.findall(r"^\| (0\.2M|0\.8M|3M) \|(.*)$", (ROOT / "README.md").read_text(), flags=re.M)
     assert [size for size, _ in rows] == ["0.2M", "0.8M", "3M"]
+    panels = "equal seconds, float32", "equal seconds, bfloat16"
+    columns = [(panel, kind) for panel in panels for kind in (leads.LARGE, leads.SMALLER)]
     for size, text in rows:
-        columns = [
-            (panel, kind)
-            for panel, kind in (
-                ("equal seconds, float32", leads.LARGE),
-                ("equal seconds, float32", leads.SMALLER),
-                ("equal seconds, bfloat16", leads.LARGE),
-                ("equal seconds, bfloat16", leads.SMALLER),
-            )
-        ]
         for (panel, kind), (low, high) in zip(columns, re.findall(r"([+-][\d.]+) to ([+-][\d.]+)", text), strict=True):
             nats = [lead.nats for lead in of(ours, panel, kind, size)]
             assert len(nats) == 3
             assert (min(nats), max(nats)) == pytest.approx((float(low), float(high)), abs=6e-4), (size, panel, kind)
 
 
-def row(arm, *losses, size=1000, options=None):
+def row(arm, *losses, size=1000):
     run = dict(options=dict(data="python_stdlib"), parameters=dict(non_embedding=size))
     return ablate.Row(arm, [dict(run, val_loss=loss) for loss in losses], {}, 1.0, None)
 
@@ -133,7 +125,13 @@ def test_the_picture_and_the_numbers(plans, ours, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.count(" | the library | ") == sum(lead.corpus == "the library" for lead in ours)
 
 
-def test_without_results_or_data_it_says_what_to_do(script, tmp_path, monkeypatch):
+def test_without_data_it_says_what_to_prepare(tmp_path, monkeypatch):
+    monkeypatch.setattr(bins, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="no data set"):
+        leads.load("momentum", str(tmp_path))
+
+
+def test_without_results_it_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr(leads, "load", lambda name, results: (SimpleNamespace(cells={}), {}))
     with pytest.raises(ValueError, match="run ablate"):
         leads.main([f"--out={tmp_path / 'leads.png'}"])
