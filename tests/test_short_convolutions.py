@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import TINY, assert_one_line, load_script
+from conftest import as_options, assert_one_line, load_script
 from safetensors.torch import load_file
 
-import cli
 from model import GPT, GPTConfig
 
 short = load_script("docs/short_convolutions.py")
@@ -23,6 +22,8 @@ def test_three_tokens_back_channel_by_channel():
         for k in range(1, min(t, 3) + 1):
             want[:, t] += conv.taps[k - 1] * x[:, t - k]
     torch.testing.assert_close(conv(x), want)
+    for T in (1, 2, 3):
+        torch.testing.assert_close(conv(x[:, :T]), want[:, :T])
 
 
 @pytest.mark.parametrize("mlp", ["kan", "swiglu"])
@@ -42,9 +43,8 @@ def test_it_begins_as_the_gpt_without(mlp):
 
 
 @pytest.mark.parametrize("mlp", ["kan", "swiglu"])
-def test_it_trains(script, data_folder, tmp_path, mlp):
-    options = dict(TINY, data=str(data_folder), out_dir=str(tmp_path / "run"), mlp=mlp, optimizer="muon")
-    done = script("docs/short_convolutions.py", *cli.as_arguments(options))
+def test_it_trains(script, tiny, tmp_path, mlp):
+    done = script("docs/short_convolutions.py", *as_options(tiny(mlp=mlp, optimizer="muon")))
     assert done.returncode == 0, done.stderr
     weights = load_file(tmp_path / "run" / "latest" / "weights.safetensors")
     taps = [w for name, w in weights.items() if ".taps." in name]
