@@ -7,8 +7,9 @@ The shape is nanoGPT's (https://github.com/karpathy/nanoGPT); a block is
     x = x + mlp(norm(x))            mlp = "kan": the norm and this line are LayerNorm + KANLayer
 
 With one KANLayer the second line adds, for every channel, one learned function of each normalised input channel:
-additive in its inputs, where an MLP mixes them. Three ways to mix: kan_gate multiplies the layer's output by 1 + W x, a
-matrix beside it, as SwiGLU has one; kan_swiglu adds a narrow SwiGLU; kan_hidden > 0 makes it two layers, C -> H -> C.
+additive in its inputs, where an MLP mixes them. Four ways to mix: kan_pairs makes it a KANPairLayer, of functions of
+two channels each; kan_gate multiplies the layer's output by 1 + W x, a matrix beside it, as SwiGLU has one; kan_swiglu
+adds a narrow SwiGLU; kan_hidden > 0 makes it two layers, C -> H -> C.
 With 8 control points, or 7 and a gate, or 3, a gate and a SwiGLU, it has the parameters of the 4x MLP: 8 * C * C.
 
 Legend of shapes
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 import kan_kernels
 import kan_parameterizations
 from kan_layer import KANLayer
+from kan_pairs import KANPairLayer
 
 
 def make_norm(config, size):
@@ -112,8 +114,9 @@ class MLP(nn.Module):
 
 
 class KAN(nn.Module):
-    """KANLayer C -> C, or C -> H -> C with a norm between; times 1 + W x if gated; plus a SwiGLU if so wished. The norm
-    in front is the block's; made_by, (its input, the norm), is for the layer, which can keep that in place of x.
+    """KANLayer or KANPairLayer C -> C, or two, C -> H -> C, with a norm between; times 1 + W x if gated; plus a SwiGLU
+    if so wished. The norm in front is the block's; made_by, (its input, the norm), is for a KANLayer, which can keep
+    that in place of x.
 
     A product of two things that a token's channels say is what an additive layer can't make; a gate can, for one matrix
     product. It starts near 1, so that nothing is lost by it.
@@ -123,14 +126,15 @@ class KAN(nn.Module):
         super().__init__()
         C, H = config.n_embd, config.kan_hidden
         N, width = config.kan_control_points, config.kan_width
+        Layer = KANPairLayer if config.kan_pairs else KANLayer
         options = dict(num_control_points=N, spline_width=width, impl=config.kan_impl)
         options["parameterization"] = config.kan_parameterization
         if kan_parameterizations.uses_smoothness(config.kan_parameterization):
             options["smoothness"] = config.kan_mu
         if H:
             # The first layer must not be zero: the second would see a constant and neither would learn.
-            self.fc, self.ln = KANLayer(C, H, "random_normal", **options), make_norm(config, H)
-        self.proj = KANLayer(H or C, C, config.kan_init, **options)
+            self.fc, self.ln = Layer(C, H, "random_normal", **options), make_norm(config, H)
+        self.proj = Layer(H or C, C, config.kan_init, **options)
         self.c_gate = nn.Linear(C, C, bias=False) if config.kan_gate else None
         swiglu = replace(config, mlp="swiglu", mlp_hidden=0)
         self.beside = MLP(replace(swiglu, mlp_hidden=swiglu.mlp_size // 2)) if config.kan_swiglu else None
@@ -175,6 +179,7 @@ class GPTConfig:
     mlp: str = "kan"  # kan, gelu, relu2, swiglu
     mlp_hidden: int = 0  # 0: 4 * n_embd, for swiglu 8/3 * n_embd, which is the same number of parameters
     kan_control_points: int = 8
+    kan_pairs: bool = False  # surfaces over pairs of channels, of so many points along each axis, in place of curves
     kan_gate: bool = False  # a matrix C -> C beside the layer, whose output multiplies the layer's
     kan_swiglu: bool = False  # a SwiGLU of 4/3 * n_embd channels beside the layer, whose output is added
     kan_width: float = 4.0  # the curves' domain; 95% of a layer-normed input falls inside
@@ -289,7 +294,7 @@ class GPT(nn.Module):
         depth = 1 / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
             kind = name.rpartition(".")[2]
-            if isinstance(module, KANLayer):
+            if isinstance(module, KANLayer | KANPairLayer):
                 module.reset_parameters()
                 if kind == "proj" and module.init == "random_normal":
                     module.kan_weight.mul_(depth)
@@ -361,8 +366,8 @@ class GPT(nn.Module):
         """Floating point operations a token costs, a multiply-add being two, counted by what each module does.
 
         Attention is counted as if not causal, as PaLM (arXiv 2204.02311) does. The spline layer costs one or the other:
-        "kan_lookup", 4*F*O forward and 6*F*O backward, or "kan_hat_gemm", 2*N*F*O and 4*N*F*O. Norms, softmax and
-        nonlinearities are left out.
+        "kan_lookup", 4*F*O forward and 6*F*O backward (of pairs 8*F*O), or "kan_hat_gemm", 2*N*F*O and 4*N*F*O (of
+        pairs N^2 / 2 for N). Norms, softmax and nonlinearities are left out.
         """
         factor = 3 if backward else 1
         C = self.config.n_embd
@@ -379,6 +384,9 @@ class GPT(nn.Module):
                 edges = module.in_features * module.out_features
                 flops["kan_lookup"] += edges * (10 if backward else 4)
                 flops["kan_hat_gemm"] += edges * module.num_control_points * 2 * factor
+            elif isinstance(module, KANPairLayer):
+                flops["kan_lookup"] += module.in_features * module.out_features * (12 if backward else 4)
+                flops["kan_hat_gemm"] += module.kan_weight.numel() * 2 * factor
         return flops
 
     def parameter_groups(self):
@@ -396,7 +404,7 @@ class GPT(nn.Module):
         return groups
 
     def kan_layers(self):
-        return [module for module in self.modules() if isinstance(module, KANLayer)]
+        return [module for module in self.modules() if isinstance(module, KANLayer | KANPairLayer)]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Sampling
@@ -475,11 +483,13 @@ def match_parameters(config, total):
     """
     knob = "mlp_hidden" if config.mlp != "kan" else "kan_hidden" if config.kan_hidden else "kan_control_points"
     least = 2 if knob == "kan_control_points" else 1
-    at = [count(replace(config, **{knob: value})) for value in (least, least + 1)]  # every count is linear in its knob
-    more = round((total - at[0]) / (at[1] - at[0]))
-    if more < 0:
+    power = 2 if knob == "kan_control_points" and config.kan_pairs else 1  # in which every count goes with its knob
+    at = [count(replace(config, **{knob: value})) for value in (least, least + 1)]
+    each = (at[1] - at[0]) / ((least + 1) ** power - least**power)
+    value = round(max(0, least**power + (total - at[0]) / each) ** (1 / power))
+    if value < least:
         raise ValueError(f"match_parameters = {total:,} can't be met: {knob} = {least} makes {at[0]:,} already")
-    return replace(config, **{knob: least + more})
+    return replace(config, **{knob: value})
 
 
 def count(config):

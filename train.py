@@ -61,6 +61,9 @@ class TrainConfig:
     dropout: float = 0.0
     mlp_hidden: int = 0  # 0: 4 * n_embd, for swiglu 8/3
     kan_control_points: int = 8  # of every curve; 8 makes one KANLayer as large as the MLP
+    kan_pairs: bool = (
+        False  # surfaces over pairs of channels, with so many points along each axis; 4 make the MLP's size
+    )
     kan_gate: bool = False  # times 1 + W x, a matrix beside the layer; with it 7 points make the MLP's size
     kan_swiglu: bool = False  # plus a SwiGLU, half as wide as the MLP would be; with it and the gate 3 points do
     kan_width: float = 4.0  # domain of the curves
@@ -128,6 +131,8 @@ class TrainConfig:
             raise ValueError(
                 f"kan_refine_at and kan_smoothness are for mlp = kan, got mlp = {self.mlp}; leave them out"
             )
+        if self.kan_pairs and (self.kan_refine_at or self.kan_smoothness):
+            raise ValueError("kan_refine_at and kan_smoothness are for curves, not with kan_pairs; leave them out")
         if self.mlp == "kan" and self.mlp_hidden:
             raise ValueError(f"mlp_hidden is for the MLPs, got {self.mlp_hidden} with mlp = kan; leave it out")
         if not self.out_dir:

@@ -1,9 +1,10 @@
 """The project's own kernels: for CPUs those here, and for CUDA gpu.py, in Triton.
 
-spline.cpp, the layer, attention.cpp and loss.cpp are built where they run, on first use (half a minute, once) or ahead
-of it with `python -m kan_kernels`, and kept in $SPLINEGPT_CACHE, by default ~/.cache/splinegpt, under a name that goes
-by the sources, the compiler, the CPU and PyTorch. Nothing but a C++ compiler is needed, g++ or clang++ or what $CXX
-names. $SPLINEGPT_MARCH is the compiler's -march, if it should be another than native (x86-64-v3: any CPU with AVX2).
+spline.cpp and pairs.cpp, the layers, attention.cpp and loss.cpp are built where they run, on first use (half a minute,
+once) or ahead of it with `python -m kan_kernels`, and kept in $SPLINEGPT_CACHE, by default ~/.cache/splinegpt, under
+a name that goes by the sources, the compiler, the CPU and PyTorch. Nothing but a C++ compiler is needed, g++ or clang++
+or what $CXX names. $SPLINEGPT_MARCH is the compiler's -march, if it should be another than native (x86-64-v3: any CPU
+with AVX2).
 
     spline(x, table, spline_width, rounded=False) -> y
 
@@ -15,6 +16,10 @@ that positions t are rounded to bfloat16 too, which makes a few tokens 1.4 times
 
 of x and table in float32, and y in bfloat16: rows of the table, weights and the gradient of y are rounded to bfloat16,
 sums are in float32. With AVX512-BF16 it takes 0.6 to 0.8 of the time, on other CPUs it is spline.
+
+    pairs(x, table, spline_width) -> y
+
+of x (B, 2 P), table (P, N, N, O) and y (B, O), all float32 or all float64: surfaces over pairs of inputs.
 
     attention(qkv, heads, cos=None, sin=None, qk_norm=False, gain=None, past=None) -> y
 
@@ -48,7 +53,7 @@ import torch
 import torch.nn.functional as F
 
 FOLDER = Path(__file__).parent
-NAMES = ("spline", "bfloat16", "autograd", "attention", "loss")  # the slowest first
+NAMES = ("spline", "bfloat16", "pairs", "autograd", "attention", "loss")  # the slowest first
 SOURCES = [FOLDER / f"{name}.cpp" for name in NAMES]
 HEADERS = [FOLDER / f"{name}.h" for name in ("vectors", "look_up")]
 # Products and sums may be fused, errno and floating-point traps are nobody's concern; NaN and infinities are kept.
@@ -170,6 +175,14 @@ def load():
     def _(g, x, table, spline_width):
         return x.new_empty(x.shape), x.new_empty(table.shape)
 
+    @torch.library.register_fake("splinegpt_cpu::pairs")
+    def _(x, table, spline_width):
+        return x.new_empty(x.shape[0], table.shape[3])
+
+    @torch.library.register_fake("splinegpt_cpu::pairs_backward")
+    def _(g, x, table, spline_width):
+        return x.new_empty(x.shape), x.new_empty(table.shape)
+
     @torch.library.register_fake("splinegpt_cpu::change_basis")
     def _(matrix, p):
         return p.new_empty(p.shape)
@@ -196,7 +209,7 @@ def load():
             "the C++ kernels have no second derivatives; the layer with impl='dense' has, attention and loss in float64"
         )
 
-    for name in ("spline", "spline_bfloat16", "attention", "cross_entropy"):
+    for name in ("spline", "spline_bfloat16", "pairs", "attention", "cross_entropy"):
         torch.library.register_autograd(f"splinegpt_cpu::{name}_backward", twice)
     return None
 
@@ -248,6 +261,10 @@ def spline(x, table, spline_width, rounded=False):
 
 def spline_bfloat16(x, table, spline_width):
     return torch.ops.splinegpt_cpu.spline_bfloat16(x, table, spline_width)
+
+
+def pairs(x, table, spline_width):
+    return torch.ops.splinegpt_cpu.pairs(x, table, spline_width)
 
 
 @torch.compiler.assume_constant_result  # torch 2.11's Dynamo takes the question itself for true, exporting or not

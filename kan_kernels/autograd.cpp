@@ -29,12 +29,15 @@ std::optional<Below> below_unless_wanted() {
   return at::GradMode::is_enabled() ? std::optional<Below>() : std::optional<Below>(std::in_place);
 }
 
-// Of spline, which has a `rounded` beside x, table and width, and of spline_bfloat16, which has not.
-template <class... Rounded> struct Spline : torch::autograd::Function<Spline<Rounded...>> {
-  static constexpr bool in_bfloat16 = sizeof...(Rounded) == 0;
+enum Kind { SPLINE, BFLOAT16, PAIRS };
+constexpr const char* FORWARD[] = {"splinegpt_cpu::spline", "splinegpt_cpu::spline_bfloat16", "splinegpt_cpu::pairs"};
+constexpr const char* BACKWARD[] = {"splinegpt_cpu::spline_backward", "splinegpt_cpu::spline_bfloat16_backward",
+                                    "splinegpt_cpu::pairs_backward"};
+
+// Of spline, which has a `rounded` beside x, table and width, and of the two that have not.
+template <Kind kind, class... Rounded> struct Spline : torch::autograd::Function<Spline<kind, Rounded...>> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& table, double width, Rounded... rounded) {
-    static const auto spline = find<Tensor(const Tensor&, const Tensor&, double, Rounded...)>(
-        in_bfloat16 ? "splinegpt_cpu::spline_bfloat16" : "splinegpt_cpu::spline");
+    static const auto spline = find<Tensor(const Tensor&, const Tensor&, double, Rounded...)>(FORWARD[kind]);
     ctx->save_for_backward({x, table});
     ctx->saved_data["width"] = width;
     Below below;
@@ -42,8 +45,7 @@ template <class... Rounded> struct Spline : torch::autograd::Function<Spline<Rou
   }
   static variable_list backward(AutogradContext* ctx, variable_list g) {
     static const auto backward =
-        find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double)>(
-            in_bfloat16 ? "splinegpt_cpu::spline_bfloat16_backward" : "splinegpt_cpu::spline_backward");
+        find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, double)>(BACKWARD[kind]);
     const auto saved = ctx->get_saved_variables();
     const auto below = below_unless_wanted();
     auto [dx, dtable] = backward.call(g[0], saved[0], saved[1], ctx->saved_data["width"].toDouble());
@@ -116,10 +118,13 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 
 TORCH_LIBRARY_IMPL(splinegpt_cpu, Autograd, m) {
   m.impl("spline", [](const Tensor& x, const Tensor& table, double width, bool rounded) {
-    return Spline<bool>::apply(x, table, width, rounded);
+    return Spline<SPLINE, bool>::apply(x, table, width, rounded);
   });
   m.impl("spline_bfloat16", [](const Tensor& x, const Tensor& table, double width) {
-    return Spline<>::apply(x, table, width);
+    return Spline<BFLOAT16>::apply(x, table, width);
+  });
+  m.impl("pairs", [](const Tensor& x, const Tensor& table, double width) {
+    return Spline<PAIRS>::apply(x, table, width);
   });
   m.impl("change_basis", [](const Tensor& matrix, const Tensor& p) {
     TORCH_CHECK(!matrix.requires_grad(), "change_basis: the matrix has no gradient; detach() it");

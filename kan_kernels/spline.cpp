@@ -89,68 +89,10 @@ void release_memory() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Where does x fall?
 
-// Of L features: interval and position of each token, (n, L). Beyond count they are those of x = 0.
-template <class S> void locate_group(const S* x, const Layer<S>& layer, int count, int n, int32_t* i, S* t) {
-  constexpr int L = lanes<S>;
-  for (int b = 0; b < n; b++, x += layer.F, i += L, t += L) {
-    S xs[L] = {};
-    vec<S> ts;
-    typename Types<S>::ints is;
-    if (count < L) memcpy(xs, x, count * sizeof(S));
-    locate<S>(load<S>(count < L ? xs : x), layer, is, ts);
-    *(typename Types<S>::ints32*)i = __builtin_convertvector(is, typename Types<S>::ints32);
-    *(vec<S>*)t = ts;
-  }
-}
-
-// The tokens in order of where a feature sends them, or a pair of features: of the interval i of a single one, of
-// i1 * (N - 1) + i2 of a pair. Interval k has tokens order[start[k]] to order[start[k + 1]]. Their positions, in that
-// order too, are sorted_t (n, features). order is followed by 16 valid entries, for whoever looks ahead. i and t are
-// locate_group's, from the feature in question on.
-template <int features, class S>
-void sort_features(const int32_t* i, const S* t, int n, int N, int32_t* order, int32_t* start, S* sorted_t,
-                   int32_t* interval) {
-  constexpr int L = lanes<S>;
-  const int M = intervals(N, features);
-  const auto where = [&](int b) { return features == 2 ? i[b * L] * (N - 1) + i[b * L + 1] : i[b * L]; };
-#ifdef __AVX512F__
-  if (M < 16) {  // few intervals: pick out the tokens of each, 16 at a time
-    for (int b = 0; b < n; b++) interval[b] = where(b);
-    int filled = 0;
-    for (int i = 0; i < M; i++) {
-      start[i] = filled;
-      __m512i tokens = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      for (int b = 0; b < n; b += 16) {
-        __mmask16 here = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(interval + b), _mm512_set1_epi32(i));
-        if (n - b < 16) here &= (1 << (n - b)) - 1;
-        _mm512_storeu_si512(order + filled, _mm512_maskz_compress_epi32(here, tokens));
-        filled += __builtin_popcount(here);
-        tokens = _mm512_add_epi32(tokens, _mm512_set1_epi32(16));
-      }
-    }
-    start[M] = filled;
-    for (int q = 0; q < n; q++) memcpy(sorted_t + features * q, t + order[q] * L, features * sizeof(S));
-  } else
-#endif
-  {
-    const auto place = [&](int b, int q) {
-      order[q] = b;
-      memcpy(sorted_t + features * q, t + b * L, features * sizeof(S));
-    };
-    if (4 * M <= n) sort_by<4>(interval, n, M, start, where, place);
-    else sort_by<1>(interval, n, M, start, where, place);
-  }
-  std::fill(order + n, order + n + AHEAD, 0);
-}
 template <class S, class... Rest> void sort_tokens(bool pair, const int32_t* i, const S* t, Rest... rest) {
   pair ? sort_features<2, S>(i, t, rest...) : sort_features<1, S>(i, t, rest...);
 }
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr bool ROOMY = true;  // 32 registers, else 16
-#else
-constexpr bool ROOMY = false;
-#endif
 constexpr int V_most = ROOMY ? 8 : 4;            // three registers a vector
 constexpr int V_narrow = 4;                      // where rows of several features should stay in the cache
 constexpr int ROWS_AHEAD = 5, TOKENS_AHEAD = 3;  // what is prefetched; measured on Zen 4, and rows on Zen 3
