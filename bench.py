@@ -470,6 +470,7 @@ def models(options):
     kan, mlp = "shakespeare_char_cpu_kan.toml", "shakespeare_char_cpu_mlp.toml"
     arms = {
         "KAN, N = 7, gate, whitened": (kan, recipe),
+        "KAN of pairs, N = 7, gate, whitened": (kan, {**recipe, "kan_pairs": True}),
         "KAN, N = 8": (kan, {}),
         "KAN, N = 32": (kan, dict(kan_control_points=32)),
         "gelu MLP": (mlp, {}),

@@ -35,7 +35,6 @@ import torch.nn.functional as F
 import kan_kernels
 import kan_parameterizations
 from kan_layer import INITS, at_least_float32, autocast_is_on, locate, without_autocast
-from kan_parameterizations import hats
 
 IMPLS = ("auto", "cpp", "dense")
 
@@ -43,7 +42,9 @@ IMPLS = ("auto", "cpp", "dense")
 def dense(x, table, spline_width, dtype):
     """y (B, O) in dtype, of x (B, F) in float32 or better. Keeps P N^2 weights a token for the backward."""
     P, N, _, O = table.shape
-    along = hats(*locate(x, N, spline_width), N, x.dtype).unflatten(1, (P, 2))
+    i, t = (a.unflatten(1, (P, 2)).unsqueeze(-1) for a in locate(x, N, spline_width))
+    knots = torch.arange(N, device=x.device)
+    along = torch.where(knots == i, 1 - t, 0.0) + torch.where(knots == i + 1, t, 0.0)  # (B, P, 2, N): hats
     weights = along[:, :, 0, :, None] * along[:, :, 1, None, :]  # (B, P, N, N)
     return weights.flatten(1).to(dtype) @ table.reshape(-1, O).to(dtype)
 
@@ -180,7 +181,12 @@ class KANPairLayer(nn.Module):
 
     @torch.no_grad()
     def set_control_points(self, table):
-        """Set kan_weight so that the control points are table (P, N, N, O), computed in float64."""
+        """Set kan_weight so that the control points are table (P, N, N, O), computed in float64.
+
+        Raises ValueError for a table of another shape.
+        """
+        if table.shape != self.kan_weight.shape:
+            raise ValueError(f"the table must be {tuple(self.kan_weight.shape)}, got {tuple(table.shape)}")
         if self._basis is not None and table.device.type != "meta":
             table = self._along_both(self.basis().to(table.device), table.double(), torch.linalg.solve)
         self.kan_weight.copy_(table)

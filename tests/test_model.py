@@ -19,6 +19,8 @@ VARIANTS = [
     replace(SMALL, kan_hidden=24),
     replace(SMALL, kan_gate=True, kan_control_points=7),
     replace(SMALL, kan_gate=True, kan_swiglu=True, kan_control_points=3),
+    replace(SMALL, kan_pairs=True, kan_control_points=4),
+    replace(SMALL, kan_pairs=True, kan_hidden=24, kan_control_points=4),
     replace(SMALL, **MODERN),
     replace(SMALL, mlp="swiglu", **MODERN),
 ]
@@ -122,6 +124,7 @@ def test_a_large_swiglu_is_a_multiple_of_8_wide():
         dict(mlp="kan", kan_hidden=5),
         dict(mlp="kan", kan_gate=True),
         dict(mlp="kan", kan_gate=True, kan_swiglu=True),
+        dict(mlp="kan", kan_pairs=True),
     ],
 )
 @pytest.mark.parametrize("total", [300_000, 804_096, 2_376_960])
@@ -154,7 +157,9 @@ def test_parameter_groups_hold_every_parameter_once(config):
     groups = model.parameter_groups()
     every = [id(p) for group in groups.values() for p in group]
     assert sorted(every) == sorted(id(p) for p in model.parameters())
-    assert all(p.dim() == 3 for p in groups["tables"]) and all(p.dim() == 2 for p in groups["matrices"])
+    assert all(p.dim() == 3 + config.kan_pairs for p in groups["tables"]) and all(
+        p.dim() == 2 for p in groups["matrices"]
+    )
     assert len(groups["tables"]) == (0 if config.mlp != "kan" else 2 * (2 if config.kan_hidden else 1))
 
 
