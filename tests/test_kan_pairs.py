@@ -258,7 +258,7 @@ def test_wrong_inputs(monkeypatch):
     assert layer.parameterization == "bspline"
     monkeypatch.setattr(kan_kernels, "load", lambda: "no C++ compiler found")
     kan_kernels.warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="no C++ compiler found"):
+    with pytest.warns(UserWarning, match="no C.. compiler found"):
         assert layer(torch.zeros(2, 4)).shape == (2, 3)  # auto is dense then
     layer.impl = "cpp"
     with pytest.raises(ValueError, match="impl='cpp' can't be used: no C"):
