@@ -61,4 +61,4 @@ def test_a_run_is_taken_apart_and_left_as_it_was(tiny, script):
 def test_what_has_no_splines_is_refused(tiny, script):
     config = tiny(mlp="gelu", max_steps=1)
     train.train(config)
-    assert_one_line(script("docs/anatomy.py", config.out_dir), "no splines", "gelu")
+    assert_one_line(script("docs/anatomy.py", config.out_dir), "no curves", "gelu")

@@ -14,6 +14,7 @@ from test_kan_layer import EPS, assert_near_reference, run
 import checkpoint
 import kan_kernels
 import kan_parameterizations
+import plot
 import train
 from kan_pairs import KANPairLayer
 from model import GPT, GPTConfig
@@ -296,6 +297,8 @@ def test_it_trains_and_is_loaded_by_its_control_points(tiny):
         layers = model.kan_layers()
         assert [type(layer) for layer in layers] == [KANPairLayer] * 2
         assert all(layer.parameterization == "bspline" and layer.kan_weight.any() for layer in layers)
+        with pytest.raises(ValueError, match="has no curves: its mlp is kan, of surfaces over pairs"):
+            plot.load_splines(config.out_dir)
 
 
 def test_what_is_for_curves_is_refused(tiny):

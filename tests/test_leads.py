@@ -14,6 +14,7 @@ from model import count
 leads = load_script("docs/leads.py")
 
 SIZES = {"0.2M": 2e5, "0.8M": 8e5, "3M": 3.1e6, "10M": 9.6e6}
+PAIRS = {"0.2M of pairs": 3.6e5, "0.8M of pairs": 1.45e6, "3M of pairs": 5.8e6}  # the KAN of pairs is larger
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def plans():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablate.Runner, "data", data)
-        return {name: leads.load(name, str(ROOT / "docs" / "results")) for _, name, *_ in leads.COMPARED}
+        names = [name for _, name, *_ in leads.COMPARED]
+        return {name: leads.load(name, str(ROOT / "docs" / "results")) for name in (*names, "pairs")}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,9 @@ def ours(plans):
 
 
 def of(found, panel, against, size, corpus=None):
-    near = (lead for lead in found if abs(lead.size / SIZES[size] - 1) < 0.05 and corpus in (None, lead.corpus))
+    near = (
+        lead for lead in found if abs(lead.size / {**SIZES, **PAIRS}[size] - 1) < 0.05 and corpus in (None, lead.corpus)
+    )
     return [lead for lead in near if (lead.panel, lead.against) == (panel, against)]
 
 
@@ -73,6 +77,14 @@ def test_the_tables_of_the_results_are_those_of_the_runs(ours, section, panel, k
     assert len({(corpus, size) for corpus, size, _ in rows}) == 9
     for corpus, size, text in rows:
         assert_says(text, ours, panel, kinds, size, corpus)
+
+
+def test_so_are_those_of_pairs(plans):
+    found = leads.leads("pairs", *plans["pairs"], "seconds", "kan_pairs")
+    rows = re.findall(r"^\| ([\w ]+), ([\d.]+M) \|(.*)$", sections()["Pairs of channels"], flags=re.M)
+    assert len(rows) == 6
+    for corpus, size, text in rows:
+        assert_says(text, found, "pairs", (leads.SMALLER,), f"{size} of pairs", corpus)
 
 
 def test_so_are_those_of_ten_million_parameters(ours):

@@ -101,7 +101,7 @@ def test_loss_curves_of_several_runs(script, trained, tmp_path, against):
 def test_curves_that_were_learned(script, trained, tmp_path):
     assert script("plot.py", trained / "kan", "--curves", "--out=c.png").returncode == 0
     assert (tmp_path / "c.png").stat().st_size > 10_000
-    assert_one_line(script("plot.py", trained / "gelu", "--curves"), "has no splines: its mlp is gelu")
+    assert_one_line(script("plot.py", trained / "gelu", "--curves"), "has no curves: its mlp is gelu")
     assert_one_line(script("plot.py", trained / "kan", "--curves", "--per_layer=0"), "per_layer must be at least 1")
     many = script("plot.py", trained / "kan", "--curves", "--per_layer=9", "--out=many.png")
     assert many.returncode == 0 and not many.stderr
