@@ -438,6 +438,54 @@ def _probe_half_gradients(device_type, dtype):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What KANLayer shares with KANPairLayer
+
+
+def check_arguments(in_features, out_features, num_control_points, spline_width, init, impl, impls, least_inputs=1):
+    for name, value, least in (
+        ("in_features", in_features, least_inputs),
+        ("out_features", out_features, 1),
+        ("num_control_points", num_control_points, 2),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if not (isinstance(spline_width, (int, float)) and 0 < spline_width < math.inf):
+        raise ValueError(f"spline_width must be a positive, finite number, got {spline_width!r}")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    if init == "identity" and in_features != out_features:
+        raise ValueError(f"init='identity' needs in_features == out_features, got {in_features} and {out_features}")
+    if impl != "auto" and impl not in impls:
+        raise ValueError(f"impl must be one of auto, {', '.join(impls)}, got {impl!r}")
+
+
+def initial_slopes(init, shape, device):
+    """(F, O): what a layer begins with, as a matrix."""
+    if init == "random_normal":
+        return F.normalize(torch.randn(shape, device=device), dim=0)
+    return torch.eye(*shape, device=device) if init == "identity" else torch.zeros(shape, device=device)
+
+
+def output_dtype(x, in_features):
+    """Of a layer whose input is x; ValueError if it can't be."""
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"the last dimension must be in_features = {in_features}, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"input must be floating point, got {x.dtype}; convert it with x.float()")
+    if autocast_is_on(x.device.type) and x.dtype != torch.float64:  # as nn.Linear: autocast leaves float64 alone
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def check_cpp(x):
+    """ValueError if impl='cpp' was asked for and can't be."""
+    if x.device.type != "cpu":
+        raise ValueError(f"impl='cpp' needs a CPU, got {x.device}; use impl='auto'")
+    if not kan_kernels.available():
+        raise ValueError(f"impl='cpp' can't be used: {kan_kernels.load()}; use impl='auto'")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class KANLayer(nn.Module):
@@ -498,21 +546,7 @@ class KANLayer(nn.Module):
                 raise ValueError(f"knots must be at least two finite numbers, increasing in float32, got {knots!r}")
             num_control_points = len(self._knots)
             spline_width = (self._knots[-1] - self._knots[0]).item()
-        for name, value, least in (
-            ("in_features", in_features, 1),
-            ("out_features", out_features, 1),
-            ("num_control_points", num_control_points, 2),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if not (isinstance(spline_width, (int, float)) and 0 < spline_width < math.inf):
-            raise ValueError(f"spline_width must be a positive, finite number, got {spline_width!r}")
-        if init not in INITS:
-            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-        if init == "identity" and in_features != out_features:
-            raise ValueError(f"init='identity' needs in_features == out_features, got {in_features} and {out_features}")
-        if impl != "auto" and impl not in IMPLS:
-            raise ValueError(f"impl must be one of auto, {', '.join(IMPLS)}, got {impl!r}")
+        check_arguments(in_features, out_features, num_control_points, spline_width, init, impl, IMPLS)
         if sparse_grad and impl not in ("auto", "embedding_bag"):
             raise ValueError(f"sparse_grad needs impl='embedding_bag' or 'auto', got {impl!r}")
         self.in_features = in_features
@@ -539,14 +573,8 @@ class KANLayer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self):
         """Set the control points to self.init: every curve a straight line through the origin."""
-        shape = (self.in_features, self.out_features)
         weight = self.kan_weight
-        if self.init == "random_normal":
-            slopes = F.normalize(torch.randn(shape, device=weight.device), dim=0)
-        elif self.init == "identity":
-            slopes = torch.eye(self.in_features, device=weight.device)
-        else:
-            slopes = torch.zeros(shape, device=weight.device)
+        slopes = initial_slopes(self.init, (self.in_features, self.out_features), weight.device)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.set_control_points(self.knots.to(weight.device, dtype).view(-1, 1) * slopes.to(dtype).unsqueeze(1))
 
@@ -710,15 +738,7 @@ class KANLayer(nn.Module):
         Training on a GPU then keeps source, which the norm keeps anyway, and not x; the numbers are the same. Anything
         else is as if it were not given.
         """
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"the last dimension must be in_features = {self.in_features}, got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"input must be floating point, got {x.dtype}; convert it with x.float()")
-        device = x.device.type
-        out_dtype = x.dtype
-        if autocast_is_on(device) and x.dtype != torch.float64:  # as nn.Linear: autocast leaves float64 alone
-            out_dtype = torch.get_autocast_dtype(device)
-
+        out_dtype, device = output_dtype(x, self.in_features), x.device.type
         impl = "embedding_bag" if self.sparse_grad else self.impl
         if impl == "auto":
             training = wants_gradient(x, self.kan_weight)
@@ -726,10 +746,8 @@ class KANLayer(nn.Module):
             impl = choose_impl(
                 device, self.num_control_points, tokens, training, torch.promote_types(x.dtype, out_dtype)
             )
-        elif impl == "cpp" and device != "cpu":
-            raise ValueError(f"impl='cpp' needs a CPU, got {x.device}; use impl='auto'")
-        elif impl == "cpp" and not kan_kernels.available():
-            raise ValueError(f"impl='cpp' can't be used: {kan_kernels.load()}; use impl='auto'")
+        elif impl == "cpp":
+            check_cpp(x)
         elif impl == "triton" and not kan_kernels.gpu_available():
             raise ValueError(f"impl='triton' can't be used: {kan_kernels.load_gpu()}; use impl='auto'")
 

@@ -30,13 +30,20 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import kan_kernels
 import kan_parameterizations
-from kan_layer import INITS, at_least_float32, autocast_is_on, locate, without_autocast
+from kan_layer import (
+    at_least_float32,
+    check_arguments,
+    check_cpp,
+    initial_slopes,
+    locate,
+    output_dtype,
+    without_autocast,
+)
 
-IMPLS = ("auto", "cpp", "dense")
+IMPLS = ("cpp", "dense")
 
 
 def dense(x, table, spline_width, dtype):
@@ -86,22 +93,9 @@ class KANPairLayer(nn.Module):
         smoothness=None,
     ):
         super().__init__()
-        for name, value, least in (
-            ("in_features", in_features, 2),
-            ("out_features", out_features, 1),
-            ("num_control_points", num_control_points, 2),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        check_arguments(in_features, out_features, num_control_points, spline_width, init, impl, IMPLS, least_inputs=2)
         if in_features % 2:
             raise ValueError(f"in_features must be even, got {in_features}: inputs go in pairs; use KANLayer, or pad")
-        if not (isinstance(spline_width, (int, float)) and 0 < spline_width < math.inf):
-            raise ValueError(f"spline_width must be a positive, finite number, got {spline_width!r}")
-        for name, value, known in (("init", init, INITS), ("impl", impl, IMPLS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if init == "identity" and in_features != out_features:
-            raise ValueError(f"init='identity' needs in_features == out_features, got {in_features} and {out_features}")
         self.in_features, self.out_features, self.init, self.impl = in_features, out_features, init, impl
         self.num_control_points, self.spline_width = num_control_points, float(spline_width)
         N = num_control_points
@@ -119,13 +113,8 @@ class KANPairLayer(nn.Module):
     def reset_parameters(self):
         """Set the control points to self.init: every surface a plane through the origin."""
         weight = self.kan_weight
-        shape, dtype = (self.in_features, self.out_features), torch.promote_types(weight.dtype, torch.float32)
-        if self.init == "random_normal":
-            slopes = F.normalize(torch.randn(shape, device=weight.device), dim=0)
-        elif self.init == "identity":
-            slopes = torch.eye(self.in_features, device=weight.device)
-        else:
-            slopes = torch.zeros(shape, device=weight.device)
+        slopes = initial_slopes(self.init, (self.in_features, self.out_features), weight.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         knots = self.knots.to(weight.device, dtype).view(-1, 1)
         along = knots * slopes.to(dtype).unsqueeze(1)  # (F, N, O)
         self.set_control_points(along[::2].unsqueeze(2) + along[1::2].unsqueeze(1))
@@ -208,18 +197,9 @@ class KANPairLayer(nn.Module):
 
     def forward(self, x, made_by=None):
         """y (..., out_features) of x (..., in_features). made_by is for KANLayer, in whose place this may be."""
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"the last dimension must be in_features = {self.in_features}, got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"input must be floating point, got {x.dtype}; convert it with x.float()")
-        device = x.device.type
-        out_dtype = x.dtype
-        if autocast_is_on(device) and x.dtype != torch.float64:  # as nn.Linear: autocast leaves float64 alone
-            out_dtype = torch.get_autocast_dtype(device)
-        if self.impl == "cpp" and device != "cpu":
-            raise ValueError(f"impl='cpp' needs a CPU, got {x.device}; use impl='auto'")
-        if self.impl == "cpp" and not kan_kernels.available():
-            raise ValueError(f"impl='cpp' can't be used: {kan_kernels.load()}; use impl='auto'")
+        out_dtype, device = output_dtype(x, self.in_features), x.device.type
+        if self.impl == "cpp":
+            check_cpp(x)
         cpp = self.impl == "cpp" or (self.impl == "auto" and kan_kernels.in_place_of_pytorch(x))
         with without_autocast(device):
             x_flat, table = at_least_float32(x).reshape(-1, self.in_features), self.control_points()

@@ -173,7 +173,7 @@ def load_splines(run):
     model, _, info = checkpoint.load_model(run)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, KANLayer)}
     if not layers:
-        pairs = ", of surfaces over pairs" if model.config.kan_pairs else ""
+        pairs = ", of surfaces over pairs" if model.kan_layers() else ""
         raise ValueError(f"the model in {run} has no curves: its mlp is {model.config.mlp}{pairs}")
     return model, layers, info
 
