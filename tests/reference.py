@@ -66,9 +66,10 @@ def pairs_reference(x, table, width, g):
             weights, sizes, corners = [], [], []
             for f in (2 * p, 2 * p + 1):
                 along, interval = hat_weights(x[b, f], N, width)
-                # All four corners may be made of 1, s, t and s t: a small (1 - s) (1 - t) of terms that are larger.
-                near = (np.arange(N) == interval) | (np.arange(N) == interval + 1)
-                corners.append(near * (1 + np.abs(along).max()))
+                # All four corners may be made of 1, s, t and s t: a small (1 - s) (1 - t) of larger terms. Near
+                # a knot they may be those of the next cell.
+                beside = np.abs(np.arange(N) - interval - 0.5) < 2
+                corners.append(beside * (1 + np.abs(along).max()))
                 # As in reference: how far rounding may move a position, in the weights of all knots it may come near.
                 moved = np.abs(along)
                 for k in range(max(interval - 1, 0), min(interval + 3, N)):
