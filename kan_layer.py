@@ -459,11 +459,17 @@ def check_arguments(in_features, out_features, num_control_points, spline_width,
         raise ValueError(f"impl must be one of auto, {', '.join(impls)}, got {impl!r}")
 
 
-def initial_slopes(init, shape, device):
-    """(F, O): what a layer begins with, as a matrix."""
-    if init == "random_normal":
-        return F.normalize(torch.randn(shape, device=device), dim=0)
-    return torch.eye(*shape, device=device) if init == "identity" else torch.zeros(shape, device=device)
+def straight_lines(layer):
+    """(F, N, O): one through the origin for every edge, by the layer's init, as values at its knots."""
+    weight, shape = layer.kan_weight, (layer.in_features, layer.out_features)
+    if layer.init == "random_normal":
+        slopes = F.normalize(torch.randn(shape, device=weight.device), dim=0)
+    elif layer.init == "identity":
+        slopes = torch.eye(*shape, device=weight.device)
+    else:
+        slopes = torch.zeros(shape, device=weight.device)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return layer.knots.to(weight.device, dtype).view(-1, 1) * slopes.to(dtype).unsqueeze(1)
 
 
 def output_dtype(x, in_features):
@@ -567,24 +573,18 @@ class KANLayer(nn.Module):
         """The (N,) positions of the knots, in units of x, in float64."""
         if self._knots is not None:
             return self._knots.clone()
-        half = self.spline_width / 2
-        return torch.linspace(-half, half, self.num_control_points, dtype=torch.float64, device="cpu")
+        return kan_parameterizations.uniform_knots(self.num_control_points, self.spline_width)
 
     @torch.no_grad()
     def reset_parameters(self):
         """Set the control points to self.init: every curve a straight line through the origin."""
-        weight = self.kan_weight
-        slopes = initial_slopes(self.init, (self.in_features, self.out_features), weight.device)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.set_control_points(self.knots.to(weight.device, dtype).view(-1, 1) * slopes.to(dtype).unsqueeze(1))
+        self.set_control_points(straight_lines(self))
 
     # ------------------------------------------------------------------------------------------------------------------
     # From parameters to control points
 
     def _set_parameterization(self, name, smoothness, density):
-        if name not in kan_parameterizations.PARAMETERIZATIONS:
-            known = ", ".join(kan_parameterizations.PARAMETERIZATIONS)
-            raise ValueError(f"parameterization must be one of {known}, got {name!r}")
+        kan_parameterizations.check_name(name)
         if self.sparse_grad and name != "bspline":
             raise ValueError(f"sparse_grad needs parameterization='bspline', got {name!r}: every row has a gradient")
         scaled, whitened = kan_parameterizations.uses_smoothness(name), name.startswith("whitened")

@@ -37,9 +37,9 @@ from kan_layer import (
     at_least_float32,
     check_arguments,
     check_cpp,
-    initial_slopes,
     locate,
     output_dtype,
+    straight_lines,
     without_autocast,
 )
 
@@ -106,26 +106,19 @@ class KANPairLayer(nn.Module):
     @property
     def knots(self):
         """The (N,) positions of the knots along either axis, in units of x, in float64."""
-        half = self.spline_width / 2
-        return torch.linspace(-half, half, self.num_control_points, dtype=torch.float64, device="cpu")
+        return kan_parameterizations.uniform_knots(self.num_control_points, self.spline_width)
 
     @torch.no_grad()
     def reset_parameters(self):
         """Set the control points to self.init: every surface a plane through the origin."""
-        weight = self.kan_weight
-        slopes = initial_slopes(self.init, (self.in_features, self.out_features), weight.device)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        knots = self.knots.to(weight.device, dtype).view(-1, 1)
-        along = knots * slopes.to(dtype).unsqueeze(1)  # (F, N, O)
-        self.set_control_points(along[::2].unsqueeze(2) + along[1::2].unsqueeze(1))
+        lines = straight_lines(self)
+        self.set_control_points(lines[::2].unsqueeze(2) + lines[1::2].unsqueeze(1))
 
     # ------------------------------------------------------------------------------------------------------------------
     # From parameters to control points
 
     def _set_parameterization(self, name, smoothness):
-        if name not in kan_parameterizations.PARAMETERIZATIONS:
-            known = ", ".join(kan_parameterizations.PARAMETERIZATIONS)
-            raise ValueError(f"parameterization must be one of {known}, got {name!r}")
+        kan_parameterizations.check_name(name)
         scaled = kan_parameterizations.uses_smoothness(name)
         if smoothness is not None and not scaled:
             raise ValueError(f"parameterization={name!r} has no smoothness, got {smoothness!r}; leave it out")

@@ -60,6 +60,16 @@ def default_smoothness(N):
     return 100.0 * ((N - 1) / 31) ** 4
 
 
+def check_name(name):
+    if name not in PARAMETERIZATIONS:
+        raise ValueError(f"parameterization must be one of {', '.join(PARAMETERIZATIONS)}, got {name!r}")
+
+
+def uniform_knots(N, width):
+    """(N,) knots on [-width / 2, width / 2], in float64."""
+    return torch.linspace(-width / 2, width / 2, N, dtype=torch.float64, device="cpu")
+
+
 def second_differences(knots):
     """D (N - 2, N): how much the slope changes at every inner knot, times the mean spacing.
 

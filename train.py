@@ -61,9 +61,7 @@ class TrainConfig:
     dropout: float = 0.0
     mlp_hidden: int = 0  # 0: 4 * n_embd, for swiglu 8/3
     kan_control_points: int = 8  # of every curve; 8 makes one KANLayer as large as the MLP
-    kan_pairs: bool = (
-        False  # surfaces over pairs of channels, with so many points along each axis; 4 make the MLP's size
-    )
+    kan_pairs: bool = False  # surfaces over pairs of channels, so many points along each axis; 4 make the MLP's size
     kan_gate: bool = False  # times 1 + W x, a matrix beside the layer; with it 7 points make the MLP's size
     kan_swiglu: bool = False  # plus a SwiGLU, half as wide as the MLP would be; with it and the gate 3 points do
     kan_width: float = 4.0  # domain of the curves

@@ -40,19 +40,10 @@ using namespace splinegpt;
 constexpr int V_most = ROOMY ? 4 : 2;  // four registers a vector
 template <class S> constexpr int pairs_at_once = std::max(1, lanes<S> / 4);  // four dots each make a vector
 
-template <class Run> INLINE void with_tile(int V, Run run) {
-  switch (V) {
-    case 1: return run(std::integral_constant<int, 1>());
-    case 2: return run(std::integral_constant<int, 2>());
-    case 3: return run(std::integral_constant<int, 3>());
-    default: return run(std::integral_constant<int, V_most>());
-  }
-}
-// Calls run(o0, V) for all tiles, V as a compile-time constant.
-template <class S, class Run> INLINE void for_tiles(int64_t O, Run run) {
-  constexpr int L = lanes<S>;
-  for (int64_t o0 = 0; o0 < O; o0 += V_most * L)
-    with_tile(std::min<int64_t>(V_most, (O - o0) / L), [&](auto V) { run(o0, V); });
+// Calls run(o0, V) for all tiles from o0 on, V as a compile-time constant: the widest, then halves of it.
+template <class S, int V = V_most, class Run> INLINE void for_tiles(int64_t O, Run run, int64_t o0 = 0) {
+  for (; o0 + V * lanes<S> <= O; o0 += V * lanes<S>) run(o0, std::integral_constant<int, V>());
+  if constexpr (V > 1) for_tiles<S, V / 2>(O, run, o0);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -157,9 +157,8 @@ def test_parameter_groups_hold_every_parameter_once(config):
     groups = model.parameter_groups()
     every = [id(p) for group in groups.values() for p in group]
     assert sorted(every) == sorted(id(p) for p in model.parameters())
-    assert all(p.dim() == 3 + config.kan_pairs for p in groups["tables"]) and all(
-        p.dim() == 2 for p in groups["matrices"]
-    )
+    assert all(p.dim() == 3 + config.kan_pairs for p in groups["tables"])
+    assert all(p.dim() == 2 for p in groups["matrices"])
     assert len(groups["tables"]) == (0 if config.mlp != "kan" else 2 * (2 if config.kan_hidden else 1))
 
 
