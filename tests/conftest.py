@@ -1,9 +1,11 @@
 """Small data and small runs that several test files share. Run all tests with `make test`."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -69,17 +71,34 @@ def tiny(data_folder, tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def forks():
+    """forked.py, which runs scripts without importing torch for each."""
+    command = [sys.executable, str(ROOT / "tests" / "forked.py")]
+    how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with subprocess.Popen(command, **how) as process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path, forks):
     """Runs one of the scripts as a person would; returns the finished process."""
 
     def run(*arguments, input=None, env=None, module=None, cwd=tmp_path):
         name, *rest = map(str, arguments)
-        command = [sys.executable, *(module or []), str(ROOT / name), *rest]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-        return subprocess.run(
-            command, input=input, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300
-        )
+        command = [str(ROOT / name), *rest]
+        if env or module:
+            command = [sys.executable, *(module or []), *command]
+            how = dict(env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, cwd=cwd, timeout=300)
+            return subprocess.run(command, input=input, capture_output=True, text=True, **how)
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder, name) for name in ("in", "out", "err")]
+            files[0].write_text(input or "")
+            json.dump([command[0], rest, str(cwd), *map(str, files)], forks.stdin)
+            print(file=forks.stdin, flush=True)
+            status = int(forks.stdout.readline())
+            return subprocess.CompletedProcess(command, status, *(file.read_text() for file in files[1:]))
 
     return run
 
