@@ -154,12 +154,7 @@ class KANPairLayer(nn.Module):
             return self.kan_weight
         p = at_least_float32(self.kan_weight)
         with without_autocast(p.device.type):
-            return self._along_both(self._basis.to(p.dtype), p, kan_kernels.change_basis)
-
-    def _along_both(self, M, p, multiply):
-        P, N, _, O = p.shape
-        p = multiply(M, p.reshape(P * N, N, O))
-        return multiply(M, p.reshape(P, N, N * O)).view(P, N, N, O)
+            return kan_kernels.change_basis(self._basis.to(p.dtype), p)
 
     @torch.no_grad()
     def set_control_points(self, table):
@@ -170,7 +165,9 @@ class KANPairLayer(nn.Module):
         if table.shape != self.kan_weight.shape:
             raise ValueError(f"the table must be {tuple(self.kan_weight.shape)}, got {tuple(table.shape)}")
         if self._basis is not None and table.device.type != "meta":
-            table = self._along_both(self.basis().to(table.device), table.double(), torch.linalg.solve)
+            M = self.basis().to(table.device)
+            table = torch.linalg.solve(M, table.double())
+            table = torch.linalg.solve(M, table.flatten(2)).view_as(table)
         self.kan_weight.copy_(table)
 
     @torch.no_grad()
@@ -181,7 +178,7 @@ class KANPairLayer(nn.Module):
         """
         table = self.kan_weight.double()
         if self._basis is not None:
-            table = self._along_both(self.basis().to(table.device), table, torch.matmul)
+            table = kan_kernels.change_basis(self.basis().to(table.device), table)
         self._set_parameterization(name, None)
         self.set_control_points(table)
         return self

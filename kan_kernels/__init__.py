@@ -280,13 +280,15 @@ def in_place_of_pytorch(x):
 
 
 def change_basis(matrix, p):
-    """matrix @ p, of (N, N) and (F, N, O), both float32 or both float64; with gradients of p.
+    """matrix @ p, of (N, N) and (F, N, O), both float32 or both float64; with gradients of p. Of a p (F, N, N, O) along
+    both axes.
 
     Beyond 16 control points PyTorch's is as fast, where sizes are those of a small GPT (Zen 3).
     """
     if len(matrix) <= 16 and in_place_of_pytorch(p):
         return torch.ops.splinegpt_cpu.change_basis(matrix, p)
-    return matrix @ p
+    p = matrix @ p
+    return p if p.dim() == 3 else (matrix @ p.flatten(2)).view_as(p)
 
 
 def has_attention(qkv, past=None):

@@ -638,43 +638,56 @@ void backward(const Layer<S>& layer, const S* g, const S* x, const T* table, S* 
 // ---------------------------------------------------------------------------------------------------------------------
 // From parameters to control points
 
-// c (F, N, O) = matrix (N, N) times each feature's rows of p (F, N, O): control points from what is learned
-// (kan_parameterizations.py). A batch of matrix products, but of small ones.
-template <class S> void multiply(const S* matrix, const S* p, S* c, int64_t F, int64_t N, int64_t O) {
+// to (N, O) = matrix (N, N) times from (N, O).
+template <class S> void multiply(const S* matrix, const S* from, S* to, int64_t N, int64_t O) {
   constexpr int L = lanes<S>;
   constexpr std::integral_constant<int, 4> wide;
   constexpr std::integral_constant<int, 1> narrow;
-#pragma omp parallel for num_threads(thread_count(1.0 * F * N * N * O))
-  for (int64_t f = 0; f < F; f++) {
-    const S* from = p + f * N * O;
-    S* to = c + f * N * O;
-    // Two rows at a time, so that one load serves two multiply-adds.
-    const auto rows = [&](int64_t o, auto vectors) {
-      constexpr int V = decltype(vectors)::value;
-      for (int64_t n = 0; n < N; n += 2) {
-        const S* weights[2] = {matrix + n * N, matrix + std::min(n + 1, N - 1) * N};
-        vec<S> sum[2][V] = {};
-        for (int64_t k = 0; k < N; k++) {
-          const vec<S> w[2] = {broadcast<S>(weights[0][k]), broadcast<S>(weights[1][k])};
-          UNROLL for (int v = 0; v < V; v++) {
-            const vec<S> row = load<S>(from + k * O + o + v * L);
-            UNROLL for (int r = 0; r < 2; r++) sum[r][v] += w[r] * row;
-          }
+  // Two rows at a time, so that one load serves two multiply-adds.
+  const auto rows = [&](int64_t o, auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    for (int64_t n = 0; n < N; n += 2) {
+      const S* weights[2] = {matrix + n * N, matrix + std::min(n + 1, N - 1) * N};
+      vec<S> sum[2][V] = {};
+      for (int64_t k = 0; k < N; k++) {
+        const vec<S> w[2] = {broadcast<S>(weights[0][k]), broadcast<S>(weights[1][k])};
+        UNROLL for (int v = 0; v < V; v++) {
+          const vec<S> row = load<S>(from + k * O + o + v * L);
+          UNROLL for (int r = 0; r < 2; r++) sum[r][v] += w[r] * row;
         }
-        for (int r = 0; r < std::min<int64_t>(2, N - n); r++)
-          UNROLL for (int v = 0; v < V; v++) store<S>(to + (n + r) * O + o + v * L, sum[r][v]);
       }
-    };
-    int64_t o = 0;
-    for (; o + wide * L <= O; o += wide * L) rows(o, wide);
-    for (; o + L <= O; o += L) rows(o, narrow);
-    if (o < O && O >= L) rows(O - L, narrow), o = O;  // some of it once more
-    for (; o < O; o++)
-      for (int64_t n = 0; n < N; n++) {
-        S sum = 0;
-        for (int64_t k = 0; k < N; k++) sum += matrix[n * N + k] * from[k * O + o];
-        to[n * O + o] = sum;
-      }
+      for (int r = 0; r < std::min<int64_t>(2, N - n); r++)
+        UNROLL for (int v = 0; v < V; v++) store<S>(to + (n + r) * O + o + v * L, sum[r][v]);
+    }
+  };
+  int64_t o = 0;
+  for (; o + wide * L <= O; o += wide * L) rows(o, wide);
+  for (; o + L <= O; o += L) rows(o, narrow);
+  if (o < O && O >= L) rows(O - L, narrow), o = O;  // some of it once more
+  for (; o < O; o++)
+    for (int64_t n = 0; n < N; n++) {
+      S sum = 0;
+      for (int64_t k = 0; k < N; k++) sum += matrix[n * N + k] * from[k * O + o];
+      to[n * O + o] = sum;
+    }
+}
+
+// c = matrix (N, N) times each feature's rows of p (F, N, O): control points from what is learned
+// (kan_parameterizations.py). A batch of matrix products, but of small ones. Of surfaces, which have N rows of rows,
+// p (F, N, N, O): along both axes, and what is between stays in the cache.
+template <class S>
+void multiply_all(const S* matrix, const S* p, S* c, int64_t F, int64_t N, int64_t O, bool both) {
+  const int64_t size = (both ? N : 1) * N * O;
+#pragma omp parallel for num_threads(thread_count((both ? 2.0 : 1.0) * F * N * size))
+  for (int64_t f = 0; f < F; f++) {
+    const S* from = p + f * size;
+    if (both) {
+      own.clear();
+      S* between = own.take<S>(size);
+      for (int64_t n = 0; n < N; n++) multiply(matrix, from + n * N * O, between + n * N * O, N, O);
+      from = between;
+    }
+    multiply(matrix, from, c + f * size, N, size / N);
   }
 }
 
@@ -740,14 +753,16 @@ namespace {
 
 Tensor change_basis(const Tensor& matrix_, const Tensor& p_) {
   const Tensor matrix = matrix_.contiguous(), p = p_.contiguous();
-  TORCH_CHECK(p.dim() == 3 && matrix.dim() == 2 && matrix.size(0) == p.size(1) && matrix.size(1) == p.size(1) &&
-                  matrix.scalar_type() == p.scalar_type(),
-              "change_basis: p must be (F, N, O) and the matrix (N, N), of one type, got ", p.sizes(), " and ",
-              matrix.sizes());
+  const bool both = p.dim() == 4;
+  TORCH_CHECK((both ? p.size(1) == p.size(2) : p.dim() == 3) && matrix.dim() == 2 && matrix.size(0) == p.size(1) &&
+                  matrix.size(1) == p.size(1) && matrix.scalar_type() == p.scalar_type(),
+              "change_basis: p must be (F, N, O) and the matrix (N, N), of one type, or p (F, N, N, O), got ", p.sizes(),
+              " and ", matrix.sizes());
   Tensor c = pooled(p.sizes(), p.options());
   with_types(p, p, [&](auto s, auto) {
     using S = decltype(s);
-    multiply(matrix.const_data_ptr<S>(), p.const_data_ptr<S>(), c.data_ptr<S>(), p.size(0), p.size(1), p.size(2));
+    multiply_all(matrix.const_data_ptr<S>(), p.const_data_ptr<S>(), c.data_ptr<S>(), p.size(0), p.size(1), p.size(-1),
+                 both);
   });
   return c;
 }

@@ -17,7 +17,7 @@ import ablate  # noqa: F401  it imports train, which imports the model, the laye
 import plot  # noqa: F401
 import sample  # noqa: F401
 
-for line in sys.stdin:
+while request := sys.stdin.readline():
     if (child := os.fork()) == 0:
         break  # and become that script
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -25,10 +25,9 @@ else:
     sys.exit()
 
 signal.alarm(300)
-path, arguments, folder, *files = json.loads(line)
+path, arguments, folder, *files = json.loads(request)
 for descriptor, file in enumerate(files):
     os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), descriptor)
-sys.stdin = open(0)  # the old one has read ahead
 os.chdir(folder)
 sys.argv, sys.path[0] = [path, *arguments], os.path.dirname(path)
 try:

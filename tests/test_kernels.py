@@ -183,24 +183,27 @@ def test_operators_say_what_is_wrong(arguments, message):
     F=st.integers(1, 40),
     N=st.integers(1, 16),
     O=st.one_of(st.integers(1, 100), st.sampled_from([128, 256])),
+    both=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     strided=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_change_of_basis_is_a_matrix_product(F, N, O, dtype, strided, seed):
+def test_change_of_basis_is_a_matrix_product(F, N, O, both, dtype, strided, seed):
     generator = torch.Generator().manual_seed(seed)
-    matrix, p, g = (torch.randn(s, generator=generator, dtype=dtype) for s in ((N, N), (F, N, O), (F, N, O)))
+    shape = (F, N, N, O) if both else (F, N, O)
+    matrix, p, g = (torch.randn(s, generator=generator, dtype=dtype) for s in ((N, N), shape, shape))
     if strided:
-        matrix, p, g = matrix.t(), *(a.transpose(0, 2).contiguous().transpose(0, 2) for a in (p, g))
+        matrix, p, g = matrix.t(), *(a.transpose(0, -1).contiguous().transpose(0, -1) for a in (p, g))
+    along = lambda M, p: torch.einsum("lk,ij,fkjo->flio", M, M, p) if both else M @ p
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         c = kan_kernels.change_basis(matrix, p.requires_grad_())
         assert "ChangeBasis" in c.grad_fn.name()
         results.append((c, *torch.autograd.grad(c, p, g)))
-    exact, total = matrix.double() @ p.double(), matrix.double().abs() @ p.double().abs()
-    back, total_back = matrix.t().double() @ g.double(), matrix.t().double().abs() @ g.double().abs()
-    eps = N * torch.finfo(dtype).eps
+    M, p, g = matrix.double(), p.detach().double(), g.double()
+    exact, total, back, total_back = along(M, p), along(M.abs(), p.abs()), along(M.t(), g), along(M.t().abs(), g.abs())
+    eps = (1 + both) * N * torch.finfo(dtype).eps
     assert ((results[0][0] - exact).abs() <= eps * total).all()
     assert ((results[0][1] - back).abs() <= eps * total_back).all()
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -213,12 +216,15 @@ def test_well_formed_change_of_basis(dtype):
     torch.library.opcheck(
         ops.change_basis.default, (matrix.t(), p.detach().transpose(0, 2).contiguous().transpose(0, 2))
     )
+    torch.library.opcheck(ops.change_basis.default, (matrix, torch.randn(2, 5, 5, 4, dtype=dtype, requires_grad=True)))
     if dtype == torch.float64:
         change = lambda p: kan_kernels.change_basis(matrix, p)
         assert torch.autograd.gradcheck(change, p) and torch.autograd.gradgradcheck(change, p)
 
 
-@pytest.mark.parametrize("matrix, p", [((4, 4), (3, 5, 6)), ((5, 4), (3, 5, 6)), ((5, 5), (5, 6))])
+@pytest.mark.parametrize(
+    "matrix, p", [((4, 4), (3, 5, 6)), ((5, 4), (3, 5, 6)), ((5, 5), (5, 6)), ((5, 5), (3, 5, 4, 6))]
+)
 def test_change_of_basis_says_what_is_wrong(matrix, p):
     with pytest.raises(RuntimeError, match=r"p must be \(F, N, O\) and the matrix \(N, N\)"):
         ops.change_basis(torch.zeros(matrix), torch.zeros(p))
@@ -344,8 +350,11 @@ for Layer, (B, F, N, O) in (*((KANLayer, shape) for shape in SHAPES), *((KANPair
             for got, want in zip([y, *torch.autograd.grad(y, (x, table), g.bfloat16())], results[1]):
                 assert (got - want).norm() < 6e-3 * want.norm(), (B, F, N, O)
 for N, O in (7, 70), (16, 33):
-    matrix, p = torch.randn(N, N), torch.randn(9, N, O)
-    assert (kan_kernels.change_basis(matrix, p) - matrix @ p).norm() < 1e-6 * p.norm() * N, (N, O)
+    matrix, p = torch.randn(N, N), torch.randn(9, N, N, O)
+    want = matrix @ p
+    assert (kan_kernels.change_basis(matrix, p[0]) - want[0]).norm() < 1e-6 * p[0].norm() * N, (N, O)
+    want = torch.einsum("ij,fjko->fiko", matrix, want)
+    assert (kan_kernels.change_basis(matrix, p) - want).norm() < 2e-6 * p.norm() * N**2, (N, O)
 for B, T, heads, D, turned in (2, 70, 2, 20, True), (1, 33, 1, 3, False):
     qkv, g, *rotation = make(B, T, heads, D, turned)
     results = [both(qkv, g, heads, *rotation, turned, f) for f in (kan_kernels.attention, reference)]
