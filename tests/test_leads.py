@@ -14,7 +14,6 @@ from model import count
 leads = load_script("docs/leads.py")
 
 SIZES = {"0.2M": 2e5, "0.8M": 8e5, "3M": 3.1e6, "10M": 9.6e6}
-PAIRS = {"0.2M of pairs": 3.6e5, "0.8M of pairs": 1.45e6, "3M of pairs": 5.8e6}  # the KAN of pairs is larger
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,8 @@ def plans():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablate.Runner, "data", data)
         names = [name for _, name, *_ in leads.COMPARED]
-        return {name: leads.load(name, str(ROOT / "docs" / "results")) for name in (*names, "pairs")}
+        names += ["pairs", "narrow", "pairs_tokens"]
+        return {name: leads.load(name, str(ROOT / "docs" / "results")) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,8 @@ def ours(plans):
 
 
 def of(found, panel, against, size, corpus=None):
-    near = (
-        lead for lead in found if abs(lead.size / {**SIZES, **PAIRS}[size] - 1) < 0.05 and corpus in (None, lead.corpus)
-    )
+    near = (lead for lead in found if abs(lead.size / SIZES.get(size, size) - 1) < 0.05)
+    near = (lead for lead in near if corpus in (None, lead.corpus))
     return [lead for lead in near if (lead.panel, lead.against) == (panel, against)]
 
 
@@ -79,12 +78,21 @@ def test_the_tables_of_the_results_are_those_of_the_runs(ours, section, panel, k
         assert_says(text, ours, panel, kinds, size, corpus)
 
 
-def test_so_are_those_of_pairs(plans):
-    found = leads.leads("pairs", *plans["pairs"], "seconds", "kan_pairs")
-    rows = re.findall(r"^\| ([\w ]+), ([\d.]+M) \|(.*)$", sections()["Pairs of channels"], flags=re.M)
-    assert len(rows) == 6
-    for corpus, size, text in rows:
-        assert_says(text, found, "pairs", (leads.SMALLER,), f"{size} of pairs", corpus)
+@pytest.mark.parametrize(
+    "section, plan, equal, arm, against, sizes, count",
+    [
+        ("Pairs of channels", "pairs", "seconds", "kan_pairs", leads.SMALLER, {"0.2M": 3.6e5, "0.8M": 1.45e6}, 6),
+        ("Heads of sixteen", "narrow", "seconds", "kan_pairs_96_wide", leads.SMALLER, {"0.8M": 1.26e6}, 3),
+        ("Equal tokens", "pairs_tokens", "tokens", "kan_pairs", leads.LARGE, {"0.2M": 7.45e5, "0.8M": 2.98e6}, 3),
+    ],
+)
+def test_so_are_those_of_pairs(plans, section, plan, equal, arm, against, sizes, count):
+    found = leads.leads(plan, *plans[plan], equal, arm)
+    text = sections()[section].partition("Of pairs")[2] if plan == "pairs_tokens" else sections()[section]
+    rows = re.findall(r"^\| ([\w ]+), ([\d.]+M) \|(.*)$", text, flags=re.M)[:count]
+    assert len({(corpus, size) for corpus, size, _ in rows}) == count
+    for corpus, size, row in rows:
+        assert_says(row, found, plan, (against,), sizes[size], corpus)
 
 
 def test_so_are_those_of_ten_million_parameters(ours):
