@@ -38,10 +38,10 @@ namespace {
 using namespace splinegpt;
 
 constexpr int V_most = ROOMY ? 4 : 2;  // four registers a vector
-template <class S> constexpr int pairs_at_once = std::max(1, lanes<S> / 4);  // four dots each make a vector
+template <class S> constexpr int pairs_at_once = std::max(1, lanes<S> / 4);  // two tokens' gradients make a vector
 
 // Where in its cell a token is, and the product. Loaded as vectors: the compiler would rather multiply two numbers and
-// then make vectors of three, which takes as long as the sums (measured on Zen 3: a sixth of the loops' time).
+// then make vectors of three, for a sixth of the loops' time (Zen 3).
 template <class S> INLINE std::tuple<vec<S>, vec<S>, vec<S>> position(const S* st) {
   vec<S> s = broadcast<S>(st[0]), t = broadcast<S>(st[1]);
   KEEP(s);
@@ -202,46 +202,51 @@ void backward_tile(int N, S* d, int64_t O, const int32_t* order, const int32_t* 
     }
 }
 
-// dx of `count` pairs, at most G, and n tokens. i and t are locate_group's, c the first pair's first row, dx the first
-// token's first input of those. Two tokens' make up the vectors that are summed up at a time.
+// Of one token and `count` pairs, at most G: dx / inv of their inputs, each a vector whose numbers are yet to be summed.
+// i and t are locate_group's, c the first pair's first row.
+template <class S>
+INLINE void parts_of_dx(int64_t N, int64_t O, int count, const int32_t* i, const S* t, const S* c, const S* g,
+                        vec<S>* parts) {
+  constexpr int L = lanes<S>, G = pairs_at_once<S>;
+  const S *low[G], *high[G];  // rows i and i + 1 of the first input; the second's next is O further on
+  for (int p = 0; p < G; p++) {
+    const int k = p < count ? p : 0;  // the others' are not used
+    low[p] = c + ((k * N + i[2 * k]) * N + i[2 * k + 1]) * O;
+    high[p] = low[p] + N * O;
+  }
+  vec<S> along[4 * G] = {};
+  _Pragma("GCC unroll 2") for (int64_t o = 0, next = O; o < O; o += L, next += L) {
+    vec<S> gs = load<S>(g + o);
+    KEEP(gs);
+    UNROLL for (int p = 0; p < G; p++) {
+      along[4 * p] += gs * load<S>(low[p] + o);
+      along[4 * p + 1] += gs * load<S>(low[p] + next);
+      along[4 * p + 2] += gs * load<S>(high[p] + o);
+      along[4 * p + 3] += gs * load<S>(high[p] + next);
+    }
+  }
+  UNROLL for (int p = 0; p < G; p++) {
+    const vec<S> by_s = along[4 * p + 2] - along[4 * p], by_t = along[4 * p + 1] - along[4 * p],
+                 both = along[4 * p + 3] - along[4 * p + 1] - by_s;
+    parts[2 * p] = by_s + broadcast<S>(t[2 * p + 1]) * both;
+    parts[2 * p + 1] = by_t + broadcast<S>(t[2 * p]) * both;
+  }
+}
+
+// dx of those pairs and n tokens, two at a time. dx is the first token's first input of the pairs.
 template <class S>
 void gradient_of_x(const Layer<S>& layer, int n, int count, const int32_t* i, const S* t, const S* c, const S* g,
                    S* dx) {
   constexpr int L = lanes<S>, G = pairs_at_once<S>;
   const int64_t N = layer.N, O = layer.O;
-  for (int b = 0; b < n; b += 2) {
+  for (int b = 0; b < n; b += 2, i += 2 * L, t += 2 * L, g += 2 * O) {
     vec<S> parts[4 * G] = {};
-    UNROLL for (int token = 0; token < 2; token++) {
-      if (token == 1 && b + 1 == n) break;
-      const S *low[G], *high[G];  // rows i and i + 1 of the first input; the second's next is O further on
-      for (int p = 0; p < G; p++) {
-        const int k = p < count ? p : 0;  // the others' are not used
-        low[p] = c + ((k * N + i[2 * k]) * N + i[2 * k + 1]) * O;
-        high[p] = low[p] + N * O;
-      }
-      vec<S> along[4 * G] = {};
-      _Pragma("GCC unroll 2") for (int64_t o = 0, next = O; o < O; o += L, next += L) {
-        vec<S> gs = load<S>(g + o);
-        KEEP(gs);
-        UNROLL for (int p = 0; p < G; p++) {
-          along[4 * p] += gs * load<S>(low[p] + o);
-          along[4 * p + 1] += gs * load<S>(low[p] + next);
-          along[4 * p + 2] += gs * load<S>(high[p] + o);
-          along[4 * p + 3] += gs * load<S>(high[p] + next);
-        }
-      }
-      UNROLL for (int p = 0; p < G; p++) {
-        const vec<S> by_s = along[4 * p + 2] - along[4 * p], by_t = along[4 * p + 1] - along[4 * p],
-                     both = along[4 * p + 3] - along[4 * p + 1] - by_s;
-        parts[2 * (token * G + p)] = by_s + broadcast<S>(t[2 * p + 1]) * both;
-        parts[2 * (token * G + p) + 1] = by_t + broadcast<S>(t[2 * p]) * both;
-      }
-      i += L, t += L, g += O;
-    }
+    parts_of_dx<S>(N, O, count, i, t, c, g, parts);
+    if (b + 1 < n) parts_of_dx<S>(N, O, count, i + L, t + L, c, g + O, parts + 2 * G);
     alignas(VECTOR_BYTES) S d[4 * G];
     UNROLL for (int k = 0; k < 4 * G; k += L) *(vec<S>*)(d + k) = sums<S>(parts + k) * layer.inv;
     for (int k = 0; k < std::min(2, n - b); k++, dx += layer.F) {
-      if (count == G) memcpy(dx, d + 2 * G * k, 2 * G * sizeof(S));
+      if (count == G) memcpy(dx, d + 2 * G * k, 2 * G * sizeof(S));  // a size known here: no call
       else memcpy(dx, d + 2 * G * k, 2 * count * sizeof(S));
     }
   }
