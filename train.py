@@ -92,7 +92,7 @@ class TrainConfig:
     learning_rate: float = 3e-3
     table_learning_rate: float = 3e-4  # of the splines' control points
     weight_decay: float = 0.1  # of matrices and embeddings
-    table_weight_decay: float = 0.0  # would pull curves to zero, not to straight lines
+    table_weight_decay: float = 0.0  # pulls to zero, not to straight lines; surfaces (kan_pairs) are better with 0.5
     beta1: float = 0.9
     beta2: float = 0.99
     grad_clip: float = 1.0  # 0: off

@@ -34,7 +34,7 @@ def plans():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablate.Runner, "data", data)
         names = [name for _, name, *_ in leads.COMPARED]
-        names += ["pairs", "narrow", "pairs_tokens"]
+        names += ["pairs", "narrow", "pairs_tokens", "decay"]
         return {name: leads.load(name, str(ROOT / "docs" / "results")) for name in names}
 
 
@@ -83,12 +83,15 @@ def test_the_tables_of_the_results_are_those_of_the_runs(ours, section, panel, k
     [
         ("Pairs of channels", "pairs", "seconds", "kan_pairs", leads.SMALLER, {"0.2M": 3.6e5, "0.8M": 1.45e6}, 6),
         ("Heads of sixteen", "narrow", "seconds", "kan_pairs_96_wide", leads.SMALLER, {"0.8M": 1.26e6}, 3),
+        ("Weight decay of tables", "decay", "seconds", "kan_pairs_64_wide", leads.SMALLER, {"0.2M": 5.6e5}, 3),
+        ("Weight decay of tables", "decay", "seconds", "kan_pairs_96_wide", leads.SMALLER, {"0.8M": 1.26e6}, 3),
         ("Of pairs, in equal tokens", "pairs_tokens", "tokens", "kan_pairs", leads.LARGE, {"0.2M": 7.45e5}, 3),
     ],
 )
 def test_so_are_those_of_pairs(plans, section, plan, equal, arm, against, sizes, count):
     found = leads.leads(plan, *plans[plan], equal, arm)
     rows = re.findall(r"^\| ([\w ]+), ([\d.]+M) \|(.*)$", sections()[section], flags=re.M)
+    rows = [row for row in rows if row[1] in sizes]
     assert len(rows) == count
     for corpus, size, row in rows:
         assert_says(row, found, plan, (against,), sizes[size], corpus)
