@@ -20,11 +20,11 @@ One TOML says everything:
     equal = ["seconds"]             this arm's own comparisons; in these alone it may have its own batch_tokens
     equal_parameters = false        or else match_parameters makes it as large as the reference
 
-Equal tokens: max_steps for all. Equal seconds: every arm takes turns with the reference, some steps at a time, alone on
-the machine, so that its moods hit both alike; then it gets the steps it can make while the reference makes max_steps,
-and a schedule as long as that. What a run computes does not depend on how fast it ran, so runs may share the machine
-(--jobs). How many threads a step has changes who is quick: timings and runs have as many (--threads). Seconds are of
-training, without evaluations, checkpoints and compilation.
+Equal tokens: max_steps for all. Equal seconds: all arms of a cell (on a GPU each with the reference) take turns, some
+steps at a time, alone on the machine, so that its moods hit them alike; then each gets the steps it can make while the
+reference makes max_steps, and a schedule as long as that. What a run computes does not depend on how fast it ran, so
+runs may share the machine (--jobs). How many threads a step has changes who is quick: timings and runs have as many
+(--threads). Seconds are of training, without evaluations, checkpoints and compilation.
 
 Written to --out: after every run NAME.json, with all runs, from which the same command goes on; after every cell
 NAME.md; at the end NAME.png. A run that was interrupted goes on from its checkpoint.
@@ -339,17 +339,21 @@ class Runner:
         """{arm: milliseconds a step}, measured where it is not known yet."""
         known, runs, reference = self.known_speeds(cell), self.timed(cell), self.plan.reference
         missing = {arm: run for arm, run in runs.items() if arm not in known}
-        # The reference first. One that is known stays what it was, and so do the steps that were given out by it.
-        for arm, run in sorted(missing.items(), key=lambda item: item[0] != reference):
-            turns, memory, header = self.take_turns({reference: runs[reference], arm: run})
+        # On a GPU one by one, since it may not hold them all; the reference first.
+        names = sorted(missing, key=lambda arm: arm != reference)
+        on_cpu = runs[reference].options.get("device") == "cpu"
+        for together in filter(None, [names]) if on_cpu else [[arm] for arm in names]:
+            turns, memory, header = self.take_turns({arm: runs[arm] for arm in dict.fromkeys([reference, *together])})
+            # A reference that is known stays what it was, and so do the steps that were given out by it.
             base = known.get(reference, dict(ms=statistics.median(turns[reference])))["ms"]
-            # What is compared is taken from the same turn.
-            ratio = statistics.median(a / b for a, b in zip(turns[arm], turns[reference], strict=True))
-            measured = dict(ms=ratio * base, ratio=ratio, peak_memory=memory[arm], turns=turns[arm])
             how = {name: header[name] for name in ("device", "cpu", "matmul_gflops", "torch")}
             how.update(reference_turns=turns[reference], threads=self.threads)
-            known[arm] = dict(cell=cell, arm=arm, **measured, **how)
-            self.results["speeds"][self.speed_key(run)] = known[arm]
+            for arm in together:
+                # What is compared is taken from the same turn.
+                ratio = statistics.median(a / b for a, b in zip(turns[arm], turns[reference], strict=True))
+                measured = dict(ms=ratio * base, ratio=ratio, peak_memory=memory[arm], turns=turns[arm])
+                known[arm] = dict(cell=cell, arm=arm, **measured, **how)
+                self.results["speeds"][self.speed_key(runs[arm])] = known[arm]
             self.save()
         return {arm: known[arm]["ms"] for arm in runs}
 

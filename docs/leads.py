@@ -4,7 +4,7 @@
 
 It reads what ablate.py left in docs/results and trains nothing; the three corpora must be prepared, by which runs are
 known. Above, the difference of means over seeds with its standard error: below zero the KAN is better. Below, loss
-against seconds of training in three of those comparisons, the mean with its standard error as a band.
+against seconds of training in four of those comparisons, the mean with its standard error as a band.
 """
 
 import math
@@ -21,17 +21,25 @@ from plot import save_figure
 CORPORA = dict(shakespeare_char="tiny Shakespeare", python_stdlib="the library", debian_handbook="the handbook")
 LARGE, SMALLER, TOKENS = "the MLP as large", "the best smaller MLP", "the MLP as large, bfloat16, 1,536 tokens a step"
 KAN, KAN_BY_TOKENS = "kan_muon_3_layers", "kan_tables_muon"
+KANS_OF_PAIRS = "kan_pairs_64_wide", "kan_pairs_96_wide", "kan_pairs_112_no_gate"
 STYLES = {LARGE: "o-", SMALLER: "s--", TOKENS: "^:"}
 # Panel; plan; what is equal; the KAN among its arms; what the MLP as large is called
 COMPARED = (
     ("equal seconds, float32", "momentum", "seconds", KAN, LARGE),
+    *(("equal seconds, float32, surfaces", "decay", "seconds", kan, LARGE) for kan in KANS_OF_PAIRS),
     ("equal seconds, bfloat16", "bfloat16", "seconds", KAN, LARGE),
     ("equal seconds, bfloat16", "bfloat16_10M", "seconds", KAN, LARGE),
     ("equal tokens", "tokens", "tokens", KAN_BY_TOKENS, LARGE),
     ("equal tokens", "bfloat16_tokens", "tokens", KAN_BY_TOKENS, TOKENS),
     ("equal tokens", "bfloat16_10M", "tokens", KAN_BY_TOKENS, TOKENS),
 )
-CURVES = {"stdlib_02M": "0.2M", "stdlib_08M": "0.8M", "stdlib_3M": "3M"}  # cells of momentum.toml
+# Plan; cell; title
+CURVES = (
+    ("momentum", "stdlib_02M", "the library, 0.2M, equal seconds, float32"),
+    ("momentum", "stdlib_08M", "the library, 0.8M, equal seconds, float32"),
+    ("momentum", "stdlib_3M", "the library, 3M, equal seconds, float32"),
+    ("decay", "stdlib_3M", "the library, 3M, equal seconds, float32, surfaces"),
+)
 
 
 @dataclass
@@ -49,6 +57,7 @@ class Lead:
     nats: float  # the KAN less the MLP
     error: float  # its standard error; nan with one seed
     verdict: str
+    seeds: str  # how many of the KAN, of the MLP
 
 
 def load(name, results):
@@ -75,7 +84,8 @@ def leads(panel, plan, compared, equal, kan, large=LARGE):
             kind = [row for row in rows if plan.arms[row.arm].equal_parameters == as_large]
             if best := ablate.best_baseline(plan, kind):
                 nats, error, verdict = ablate.difference(ours, best)
-                found.append(Lead(panel, against, *where, nats, math.nan if error is None else error, verdict))
+                seeds = f"{len(ours.runs)}, {len(best.runs)}"
+                found.append(Lead(panel, against, *where, nats, math.nan if error is None else error, verdict, seeds))
     return sorted(found, key=lambda lead: (lead.against, lead.corpus, lead.size))
 
 
@@ -111,20 +121,21 @@ def main(arguments):
         raise ValueError(
             f"{options.results} has none of our results; run ablate.py's plans with --out={options.results}"
         )
-    lines = [
-        [lead.panel, lead.corpus, f"{lead.size:,}", lead.against, f"{lead.nats:+.4f} ± {lead.error:.4f}", lead.verdict]
-        for lead in found
-    ]
-    print(markdown(["", "corpus", "parameters", "the KAN less", "nats", ""], lines))
-    picture, (top, bottom) = plt.subplots(2, 3, figsize=(14, 8.5), layout="constrained")
+    lines = []
+    for lead in found:
+        nats = f"{lead.nats:+.4f} ± {lead.error:.4f}", lead.verdict
+        lines.append([lead.panel, lead.corpus, f"{lead.size:,}", lead.against, *nats, lead.seeds])
+    print(markdown(["", "corpus", "parameters", "the KAN less", "nats", "", "seeds of the two"], lines))
+    picture, (top, bottom) = plt.subplots(2, 4, figsize=(18.5, 8.5), layout="constrained")
     for axis, panel in zip(top, dict.fromkeys(lead.panel for lead in found)):
         draw_leads(axis, panel, found)
     top[0].set_ylabel("validation loss, the KAN less an MLP, nats")
-    plan, compared = plans["momentum"]
-    for axis, (cell, size) in zip(bottom, CURVES.items(), strict=True):
-        rows = [row for row in compared.get((cell, "seconds"), []) if row.arm in (*plan.baselines, KAN)]
+    for axis, (name, cell, title) in zip(bottom, CURVES, strict=True):
+        plan, compared = plans[name]
+        arms = (*plan.baselines, KAN, *KANS_OF_PAIRS)
+        rows = [row for row in compared.get((cell, "seconds"), []) if row.arm in arms]
         ablate.draw_curves(axis, plan, rows, "seconds")
-        axis.set_title(f"the library, {size}, equal seconds, float32")
+        axis.set_title(title)
     print(save_figure(picture, options.out, dpi=110))
 
 

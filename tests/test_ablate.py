@@ -244,6 +244,28 @@ def test_in_equal_seconds_alone_an_arm_may_have_its_own_batch(plan, tmp_path):
     assert [(run.options["batch_tokens"], run.options["max_steps"]) for run in runs] == [(256, 8)] * 2
 
 
+@pytest.mark.parametrize(
+    "device, together",
+    [("cpu", [["relu2", "gelu", "kan"]]), ("auto", [["relu2"], ["relu2", "gelu"], ["relu2", "kan"]])],
+)
+def test_arms_take_turns_all_at_once_on_a_cpu(plan, tmp_path, monkeypatch, device, together):
+    path, asked = plan(('device = "cpu"', f'device = "{device}"')), []
+    turns = dict(relu2=[4.0, 2.0, 2.0], gelu=[2.0, 2.0, 1.0], kan=[1.0, 1.0, 1.0])
+    header = dict(device="cpu", cpu="", torch="", matmul_gflops=1.0)
+
+    def take_turns(runner, runs):
+        asked.append(list(runs))
+        return turns, dict.fromkeys(runs, 2**20), header
+
+    monkeypatch.setattr(ablate.Runner, "take_turns", take_turns)
+    runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(tmp_path)))
+    assert runner.speeds("all") == dict(relu2=2.0, gelu=1.0, kan=1.0) and asked == together
+    # One that is added later is held against the reference as it was.
+    del runner.results["speeds"][runner.speed_key(runner.timed("all")["kan"])]
+    turns.update(relu2=[8.0, 8.0, 8.0], kan=[2.0, 2.0, 2.0])
+    assert runner.speeds("all") == dict(relu2=2.0, gelu=1.0, kan=0.5) and asked[len(together) :] == [["relu2", "kan"]]
+
+
 @pytest.fixture
 def made_up(monkeypatch):
     """Steps take a millisecond, losses are the learning rate's, steps and parameters n_embd's; nothing is trained."""
