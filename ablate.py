@@ -567,6 +567,9 @@ def report(runner, compared):
     plan = runner.plan
     tries = sorted({len(plan.tries(cell, plan.reference)) for cell, _ in compared})
     tries = " or ".join("1 (so not at all)" if number == 1 else str(number) for number in tries)
+    cells = dict.fromkeys(cell for cell, _ in compared)
+    speeds = [speed for cell in cells for speed in runner.known_speeds(cell).values()]
+    turns = " or ".join(map(str, sorted({len(speed["turns"]) for speed in speeds}))) or TURNS
     parts = [
         f"# Ablation `{plan.name}`",
         f"Made by `python ablate.py {runner.options.plan}`. Validation loss in nats per token: the mean over seeds ± "
@@ -574,8 +577,8 @@ def report(runner, compared):
         f"{tries}, with the first seed, which is one of those counted, and the reference's "
         f"steps. Errors are of unpaired means: of equal arms, two standard errors call one in eight different where "
         f"there are three seeds. ms: a training step with --threads={runner.threads}, alone on the machine: the "
-        f"reference's median over {TURNS} turns, the others' by the median of their ratios to it turn by turn. "
-        f"Peak MB: of the process that was timed. Seconds are steps times ms." + timed_on(runner, compared),
+        f"reference's median over {turns} turns, the others' by the median of their ratios to it turn by turn. "
+        f"Peak MB: of the process that was timed. Seconds are steps times ms." + timed_on(speeds),
     ]
     summary = []
     for cell in plan.cells:
@@ -597,13 +600,12 @@ def report(runner, compared):
     return "\n\n".join(parts) + "\n"
 
 
-def timed_on(runner, compared):
+def timed_on(speeds):
     """The CPUs that steps were timed on, and what matrix products made of them: an MLP is as fast as these."""
     rates = {}
-    for cell in dict.fromkeys(cell for cell, _ in compared):
-        for speed in runner.known_speeds(cell).values():
-            if speed.get("matmul_gflops"):  # not a GPU's, nor one that was timed before it was measured
-                rates.setdefault(speed["cpu"], []).append(speed["matmul_gflops"])
+    for speed in speeds:
+        if speed.get("matmul_gflops"):  # not a GPU's, nor one that was timed before it was measured
+            rates.setdefault(speed["cpu"], []).append(speed["matmul_gflops"])
     lines = (f" {cpu}: float32 matrix products at {min(r):.0f} to {max(r):.0f} GFLOP/s." for cpu, r in rates.items())
     return "".join(lines)
 

@@ -21,12 +21,12 @@ from plot import save_figure
 CORPORA = dict(shakespeare_char="tiny Shakespeare", python_stdlib="the library", debian_handbook="the handbook")
 LARGE, SMALLER, TOKENS = "the MLP as large", "the best smaller MLP", "the MLP as large, bfloat16, 1,536 tokens a step"
 KAN, KAN_BY_TOKENS = "kan_muon_3_layers", "kan_tables_muon"
-KANS_OF_PAIRS = "kan_pairs_64_wide", "kan_pairs_96_wide", "kan_pairs_112_no_gate"
+KANS_OF_PAIRS = "kan_pairs_64_no_gate", "kan_pairs_96_no_gate", "kan_pairs_112_no_gate"
 STYLES = {LARGE: "o-", SMALLER: "s--", TOKENS: "^:"}
-# Panel; plan; what is equal; the KAN among its arms; what the MLP as large is called
+# Panel; plan; what is equal; the KAN among its arms; what the MLP as large is called, None where the best was not made
 COMPARED = (
     ("equal seconds, float32", "momentum", "seconds", KAN, LARGE),
-    *(("equal seconds, float32, surfaces", "decay", "seconds", kan, LARGE) for kan in KANS_OF_PAIRS),
+    *(("equal seconds, float32, surfaces", "decay", "seconds", kan, None) for kan in KANS_OF_PAIRS),
     ("equal seconds, bfloat16", "bfloat16", "seconds", KAN, LARGE),
     ("equal seconds, bfloat16", "bfloat16_10M", "seconds", KAN, LARGE),
     ("equal tokens", "tokens", "tokens", KAN_BY_TOKENS, LARGE),
@@ -71,8 +71,8 @@ def load(name, results):
 
 
 def leads(panel, plan, compared, equal, kan, large=LARGE):
-    """The arm `kan` less the best baseline as large and less the best smaller one, in every cell but those of longer
-    runs, which are for another question."""
+    """The arm `kan` less the best baseline as large, unless large is None, and less the best smaller one, in every cell
+    but those of longer runs, which are for another question."""
     found = []
     for (cell, measure), rows in compared.items():
         ours = next((row for row in rows if row.arm == kan), None)
@@ -82,7 +82,7 @@ def leads(panel, plan, compared, equal, kan, large=LARGE):
         where = CORPORA[run["options"]["data"]], run["parameters"]["non_embedding"]
         for against, as_large in ((large, True), (SMALLER, False)):
             kind = [row for row in rows if plan.arms[row.arm].equal_parameters == as_large]
-            if best := ablate.best_baseline(plan, kind):
+            if against and (best := ablate.best_baseline(plan, kind)):
                 nats, error, verdict = ablate.difference(ours, best)
                 seeds = f"{len(ours.runs)}, {len(best.runs)}"
                 found.append(Lead(panel, against, *where, nats, math.nan if error is None else error, verdict, seeds))

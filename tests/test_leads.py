@@ -85,6 +85,9 @@ def test_the_tables_of_the_results_are_those_of_the_runs(ours, section, panel, k
         ("Heads of sixteen", "narrow", "seconds", "kan_pairs_96_wide", leads.SMALLER, {"0.8M": 1.26e6}, 3),
         ("Weight decay of tables", "decay", "seconds", "kan_pairs_64_wide", leads.SMALLER, {"0.2M": 5.6e5}, 3),
         ("Weight decay of tables", "decay", "seconds", "kan_pairs_96_wide", leads.SMALLER, {"0.8M": 1.26e6}, 3),
+        ("Without the gate", "decay", "seconds", "kan_pairs_64_no_gate", leads.SMALLER, {"0.2M": 5.47e5}, 3),
+        ("Without the gate", "decay", "seconds", "kan_pairs_96_no_gate", leads.SMALLER, {"0.8M": 1.23e6}, 3),
+        ("Without the gate", "decay", "seconds", "kan_pairs_112_no_gate", leads.SMALLER, {"3M": 1.675e6}, 1),
         ("Of pairs, in equal tokens", "pairs_tokens", "tokens", "kan_pairs", leads.LARGE, {"0.2M": 7.45e5}, 3),
     ],
 )
