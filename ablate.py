@@ -342,13 +342,13 @@ class Runner:
         # On a GPU one by one, since it may not hold them all; the reference first.
         names = sorted(missing, key=lambda arm: arm != reference)
         on_cpu = runs[reference].options.get("device") == "cpu"
-        for together in filter(None, [names]) if on_cpu else [[arm] for arm in names]:
-            turns, memory, header = self.take_turns({arm: runs[arm] for arm in dict.fromkeys([reference, *together])})
+        for group in [names] if on_cpu and names else [[arm] for arm in names]:
+            turns, memory, header = self.take_turns({arm: runs[arm] for arm in dict.fromkeys([reference, *group])})
             # A reference that is known stays what it was, and so do the steps that were given out by it.
             base = known.get(reference, dict(ms=statistics.median(turns[reference])))["ms"]
             how = {name: header[name] for name in ("device", "cpu", "matmul_gflops", "torch")}
             how.update(reference_turns=turns[reference], threads=self.threads)
-            for arm in together:
+            for arm in group:
                 # What is compared is taken from the same turn.
                 ratio = statistics.median(a / b for a, b in zip(turns[arm], turns[reference], strict=True))
                 measured = dict(ms=ratio * base, ratio=ratio, peak_memory=memory[arm], turns=turns[arm])
