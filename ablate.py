@@ -338,11 +338,10 @@ class Runner:
     def speeds(self, cell):
         """{arm: milliseconds a step}, measured where it is not known yet."""
         known, runs, reference = self.known_speeds(cell), self.timed(cell), self.plan.reference
-        missing = {arm: run for arm, run in runs.items() if arm not in known}
+        missing = sorted((arm for arm in runs if arm not in known), key=lambda arm: arm != reference)
         # On a GPU one by one, since it may not hold them all; the reference first.
-        names = sorted(missing, key=lambda arm: arm != reference)
         on_cpu = runs[reference].options.get("device") == "cpu"
-        for group in [names] if on_cpu and names else [[arm] for arm in names]:
+        for group in [missing] if on_cpu and missing else [[arm] for arm in missing]:
             turns, memory, header = self.take_turns({arm: runs[arm] for arm in dict.fromkeys([reference, *group])})
             # A reference that is known stays what it was, and so do the steps that were given out by it.
             base = known.get(reference, dict(ms=statistics.median(turns[reference])))["ms"]

@@ -51,6 +51,8 @@ mlp = "kan"
 tries = [{{table_learning_rate = 1e-3}}, {{table_learning_rate = 1e-2}}]
 """
 
+HEADER = dict(device="cpu", cpu="", torch="", matmul_gflops=1.0)  # of what a timing says of the machine
+
 
 @pytest.fixture
 def plan(data_folder, tmp_path):
@@ -251,11 +253,10 @@ def test_in_equal_seconds_alone_an_arm_may_have_its_own_batch(plan, tmp_path):
 def test_arms_take_turns_all_at_once_on_a_cpu(plan, tmp_path, monkeypatch, device, together):
     path, asked = plan(('device = "cpu"', f'device = "{device}"')), []
     turns = dict(relu2=[4.0, 2.0, 2.0], gelu=[2.0, 2.0, 1.0], kan=[1.0, 1.0, 1.0])
-    header = dict(device="cpu", cpu="", torch="", matmul_gflops=1.0)
 
     def take_turns(runner, runs):
         asked.append(list(runs))
-        return turns, dict.fromkeys(runs, 2**20), header
+        return turns, dict.fromkeys(runs, 2**20), HEADER
 
     monkeypatch.setattr(ablate.Runner, "take_turns", take_turns)
     runner = ablate.Runner(ablate.read_plan(path), ablate.Options(path, out=str(tmp_path)))
@@ -279,8 +280,7 @@ def made_up(monkeypatch):
             runner.results["runs"][run.key] = result
         runner.save()
 
-    header = dict(device="cpu", cpu="", torch="", matmul_gflops=1.0)
-    one = lambda self, runs: ({arm: [1.0] * 3 for arm in runs}, dict.fromkeys(runs, 2**20), header)
+    one = lambda self, runs: ({arm: [1.0] * 3 for arm in runs}, dict.fromkeys(runs, 2**20), HEADER)
     monkeypatch.setattr(ablate.Runner, "take_turns", one)
     monkeypatch.setattr(ablate.Runner, "make", make)
 

@@ -34,7 +34,7 @@ def plans():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablate.Runner, "data", data)
         names = [name for _, name, *_ in leads.COMPARED]
-        names += ["pairs", "narrow", "pairs_tokens", "decay"]
+        names += ["pairs", "narrow", "pairs_tokens"]
         return {name: leads.load(name, str(ROOT / "docs" / "results")) for name in names}
 
 
