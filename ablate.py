@@ -673,7 +673,8 @@ def draw_curves(axis, plan, rows, measure):
             mean = [statistics.mean(values) for values in zip(*curves)]
             error = [standard_error(values) if len(values) > 1 else 0 for values in zip(*curves)]
             where = [step * per_step for step in steps]
-            axis.plot(where, mean, color=f"C{number}", label=f"{arm} ({row.mean:.3f})", linewidth=1)
+            style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
+            axis.plot(where, mean, style, color=f"C{number}", label=f"{arm} ({row.mean:.3f})", linewidth=1)
             low, high = ([m + sign * e for m, e in zip(mean, error)] for sign in (-1, 1))
             axis.fill_between(where, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
     finals = [row.mean for row in rows if row.mean < math.inf]

@@ -21,7 +21,7 @@ from plot import save_figure
 CORPORA = dict(shakespeare_char="tiny Shakespeare", python_stdlib="the library", debian_handbook="the handbook")
 LARGE, SMALLER, TOKENS = "the MLP as large", "the best smaller MLP", "the MLP as large, bfloat16, 1,536 tokens a step"
 KAN, KAN_BY_TOKENS = "kan_muon_3_layers", "kan_tables_muon"
-KANS_OF_PAIRS = "kan_pairs_64_no_gate", "kan_pairs_96_no_gate", "kan_pairs_112_no_gate"
+KANS_OF_PAIRS = "kan_pairs_64_no_gate", "kan_pairs_96_no_gate", "kan_pairs_112_no_gate", "kan_pairs_112_more_decay"
 STYLES = {LARGE: "o-", SMALLER: "s--", TOKENS: "^:"}
 # Panel; plan; what is equal; the KAN among its arms; what the MLP as large is called, None where the best was not made
 COMPARED = (
