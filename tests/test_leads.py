@@ -1,5 +1,6 @@
 """docs/leads.py: what it says of runs whose differences are known, and that the documents say what it says of ours."""
 
+import functools
 import json
 import re
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ def plans():
                 vocab_size = run["parameters"]["embedding"] // run["options"]["n_embd"]
                 corpora[run["options"]["data"]] = run["data"], vocab_size
 
+    @functools.cache  # as what it stands for
     def data(runner, cell):
         config = ablate.make_config(runner.plan.options(cell, runner.plan.reference, {}))
         fingerprint, vocab_size = corpora[config.data]
