@@ -4,7 +4,7 @@
 
 It reads what ablate.py left in docs/results and trains nothing; the three corpora must be prepared, by which runs are
 known. Above, the difference of means over seeds with its standard error: below zero the KAN is better. Below, loss
-against seconds of training in four of those comparisons, the mean with its standard error as a band.
+against seconds of training in five of those comparisons, the mean with its standard error as a band.
 """
 
 import math
@@ -22,14 +22,16 @@ CORPORA = dict(shakespeare_char="tiny Shakespeare", python_stdlib="the library",
 LARGE, SMALLER, TOKENS = "the MLP as large", "the best smaller MLP", "the MLP as large, bfloat16, 1,536 tokens a step"
 KAN, KAN_BY_TOKENS = "kan_muon_3_layers", "kan_tables_muon"
 KANS_OF_PAIRS = "kan_pairs_64_no_gate", "kan_pairs_96_no_gate", "kan_pairs_112_no_gate", "kan_pairs_112_more_decay"
+KANS_AS_LARGE = "kan_pairs_64_5_points", "kan_pairs_96_7_points"
 STYLES = {LARGE: "o-", SMALLER: "s--", TOKENS: "^:"}
-# Panel; plan; what is equal; the KAN among its arms; what the MLP as large is called, None where the best was not made
+# Panel; plan; what is equal; the KAN among its arms; what the MLP as large is called, where that says too little
 COMPARED = (
-    ("equal seconds, float32", "momentum", "seconds", KAN, LARGE),
-    *(("equal seconds, float32, surfaces", "decay", "seconds", kan, None) for kan in KANS_OF_PAIRS),
-    ("equal seconds, bfloat16", "bfloat16", "seconds", KAN, LARGE),
-    ("equal seconds, bfloat16", "bfloat16_10M", "seconds", KAN, LARGE),
-    ("equal tokens", "tokens", "tokens", KAN_BY_TOKENS, LARGE),
+    ("equal seconds, float32", "momentum", "seconds", KAN),
+    *(("equal seconds, float32, surfaces", "decay", "seconds", kan) for kan in KANS_OF_PAIRS),
+    *(("equal seconds, float32, surfaces, as large", "as_large", "seconds", kan) for kan in KANS_AS_LARGE),
+    ("equal seconds, bfloat16", "bfloat16", "seconds", KAN),
+    ("equal seconds, bfloat16", "bfloat16_10M", "seconds", KAN),
+    ("equal tokens", "tokens", "tokens", KAN_BY_TOKENS),
     ("equal tokens", "bfloat16_tokens", "tokens", KAN_BY_TOKENS, TOKENS),
     ("equal tokens", "bfloat16_10M", "tokens", KAN_BY_TOKENS, TOKENS),
 )
@@ -38,7 +40,8 @@ CURVES = (
     ("momentum", "stdlib_02M", "the library, 0.2M, equal seconds, float32"),
     ("momentum", "stdlib_08M", "the library, 0.8M, equal seconds, float32"),
     ("momentum", "stdlib_3M", "the library, 3M, equal seconds, float32"),
-    ("decay", "stdlib_3M", "the library, 3M, equal seconds, float32, surfaces"),
+    ("decay", "stdlib_3M", "the library, 3M, equal seconds, surfaces"),
+    ("as_large", "stdlib_08M", "the library, 0.8M, surfaces, as large"),
 )
 
 
@@ -70,19 +73,23 @@ def load(name, results):
     return plan, ablate.comparisons(runner)
 
 
+def size(row):
+    """Parameters beside the embeddings."""
+    return row.runs[0]["parameters"]["non_embedding"]
+
+
 def leads(panel, plan, compared, equal, kan, large=LARGE):
-    """The arm `kan` less the best baseline as large, unless large is None, and less the best smaller one, in every cell
-    but those of longer runs, which are for another question."""
+    """The arm `kan` less the best baseline as large, within 5%, and less the best smaller one, where there are such, in
+    every cell but those of longer runs, which are for another question."""
     found = []
     for (cell, measure), rows in compared.items():
         ours = next((row for row in rows if row.arm == kan), None)
         if measure != equal or ours is None or "max_steps" in plan.cells[cell]:
             continue
-        run = ours.runs[0]
-        where = CORPORA[run["options"]["data"]], run["parameters"]["non_embedding"]
-        for against, as_large in ((large, True), (SMALLER, False)):
-            kind = [row for row in rows if plan.arms[row.arm].equal_parameters == as_large]
-            if against and (best := ablate.best_baseline(plan, kind)):
+        where = CORPORA[ours.runs[0]["options"]["data"]], size(ours)
+        for against, least, most in ((large, 0.95, 1.05), (SMALLER, 0, 0.95)):
+            kind = [row for row in rows if row.mean < math.inf and least <= size(row) / size(ours) < most]
+            if best := ablate.best_baseline(plan, kind):
                 nats, error, verdict = ablate.difference(ours, best)
                 seeds = f"{len(ours.runs)}, {len(best.runs)}"
                 found.append(Lead(panel, against, *where, nats, math.nan if error is None else error, verdict, seeds))
@@ -126,13 +133,13 @@ def main(arguments):
         nats = f"{lead.nats:+.4f} ± {lead.error:.4f}", lead.verdict
         lines.append([lead.panel, lead.corpus, f"{lead.size:,}", lead.against, *nats, lead.seeds])
     print(markdown(["", "corpus", "parameters", "the KAN less", "nats", "", "seeds of the two"], lines))
-    picture, (top, bottom) = plt.subplots(2, 4, figsize=(18.5, 8.5), layout="constrained")
+    picture, (top, bottom) = plt.subplots(2, 5, figsize=(23, 8.5), layout="constrained")
     for axis, panel in zip(top, dict.fromkeys(lead.panel for lead in found)):
         draw_leads(axis, panel, found)
     top[0].set_ylabel("validation loss, the KAN less an MLP, nats")
     for axis, (name, cell, title) in zip(bottom, CURVES, strict=True):
         plan, compared = plans[name]
-        arms = (*plan.baselines, KAN, *KANS_OF_PAIRS)
+        arms = (*plan.baselines, KAN, *KANS_OF_PAIRS, *KANS_AS_LARGE)
         rows = [row for row in compared.get((cell, "seconds"), []) if row.arm in arms]
         ablate.draw_curves(axis, plan, rows, "seconds")
         axis.set_title(title)
