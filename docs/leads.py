@@ -139,7 +139,7 @@ def main(arguments):
     top[0].set_ylabel("validation loss, the KAN less an MLP, nats")
     for axis, (name, cell, title) in zip(bottom, CURVES, strict=True):
         plan, compared = plans[name]
-        arms = (*plan.baselines, KAN, *KANS_OF_PAIRS, *KANS_AS_LARGE)
+        arms = {*plan.baselines, *(kan for _, compared_in, _, kan, *_ in COMPARED if compared_in == name)}
         rows = [row for row in compared.get((cell, "seconds"), []) if row.arm in arms]
         ablate.draw_curves(axis, plan, rows, "seconds")
         axis.set_title(title)
