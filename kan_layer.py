@@ -472,6 +472,20 @@ def straight_lines(layer):
     return layer.knots.to(weight.device, dtype).view(-1, 1) * slopes.to(dtype).unsqueeze(1)
 
 
+def normal_shares(knots):
+    """(N,) in float64: the share of a unit-normal input that each knot stands for, by the trapezoid rule."""
+    ends = torch.cat((knots[:1], knots, knots[-1:]))
+    density = torch.exp(-(knots**2) / 2) * (ends[2:] - ends[:-2])
+    return density / density.sum()
+
+
+def deviations(table, shares):
+    """The standard deviations of control points (..., K, O) along K, each with its share (K,): (..., O) in float64."""
+    table, shares = table.detach().cpu().double(), shares.unsqueeze(1)
+    mean = (table * shares).sum(-2, keepdim=True)
+    return ((table - mean) ** 2 * shares).sum(-2).sqrt()
+
+
 def output_dtype(x, in_features):
     """Of a layer whose input is x; ValueError if it can't be."""
     if x.dim() == 0 or x.shape[-1] != in_features:
@@ -806,14 +820,7 @@ class KANLayer(nn.Module):
     @torch.no_grad()
     def edge_activity(self):
         """(F, O): how far from constant each curve is, as its standard deviation over a unit-normal input."""
-        knots = self.knots
-        ends = torch.cat((knots[:1], knots, knots[-1:]))
-        # The bell at each knot, times its share of the axis by the trapezoid rule.
-        density = torch.exp(-(knots**2) / 2) * (ends[2:] - ends[:-2])
-        density = (density / density.sum()).view(1, -1, 1)
-        table = self.control_points().detach().cpu().double()
-        mean = (table * density).sum(1, keepdim=True)
-        return ((table - mean) ** 2 * density).sum(1).sqrt()
+        return deviations(self.control_points(), normal_shares(self.knots))
 
     def plot(self, edges=None, save_path=None, max_edges=64, columns=8):
         """Draw curves, one small axis an edge, values against x, and return the matplotlib figure.

@@ -37,7 +37,9 @@ from kan_layer import (
     at_least_float32,
     check_arguments,
     check_cpp,
+    deviations,
     locate,
+    normal_shares,
     output_dtype,
     straight_lines,
     without_autocast,
@@ -182,6 +184,11 @@ class KANPairLayer(nn.Module):
         self._set_parameterization(name, None)
         self.set_control_points(table)
         return self
+
+    def edge_activity(self):
+        """(P, O): how far from constant each surface is, as its standard deviation over two unit-normal inputs."""
+        shares = normal_shares(self.knots)
+        return deviations(self.control_points().flatten(1, 2), torch.outer(shares, shares).flatten())
 
     # ------------------------------------------------------------------------------------------------------------------
 

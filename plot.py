@@ -1,4 +1,4 @@
-"""Pictures of runs: loss curves of one or several, and a trained network: its curves over what enters them.
+"""Pictures of runs: loss curves of one or several, and a trained network: its curves or surfaces and what enters them.
 
     python plot.py out/kan out/mlp --against=seconds --out=loss.png
     python plot.py out/kan --curves --out=curves.png
@@ -89,20 +89,25 @@ def loss_figure(runs, path, against="steps"):
 BLUE, ORANGE, INK = "#0072B2", "#D55E00", "#3b4148"  # the colours are Okabe and Ito's, for the colour-blind too
 PALE, PALE_ORANGE = "#d9e0e8", "#f0b890"  # of histograms, inside the domain and outside
 TOKENS = 16_384  # of the validation data, for the histograms
+DOTS = 500  # of those, on a surface
 
 
 def curvature(layer):
-    """How bent a KANLayer's curves are, all together: the root mean square of their control points' second differences,
+    """How bent a layer's curves are, all together: the root mean square of their control points' second differences,
     over their standard deviation along the knots. 0 for straight lines, sqrt(6) for unrelated control points; the same
-    curves given by more knots have less.
+    curves given by more knots have less. A surface's curves are its rows and its columns.
     """
-    points = layer.control_points().detach()
-    spread = points.var(dim=1).sum().item() * (layer.num_control_points - 2)
-    return math.sqrt(layer.second_difference_penalty().item() / spread) if spread > 0 else 0.0
+    points, inner = layer.control_points().detach(), layer.num_control_points - 2
+    if points.dim() == 4:  # surfaces
+        bends = sum(points.diff(n=2, dim=along).square().sum().item() for along in (1, 2))
+        spread = sum(points.var(dim=along).sum().item() for along in (1, 2)) * inner
+    else:
+        bends, spread = layer.second_difference_penalty().item(), points.var(dim=1).sum().item() * inner
+    return math.sqrt(bends / spread) if spread > 0 else 0.0
 
 
 def watch_inputs(model, features, batches):
-    """What enters KANLayers of a model that sees some batches, features saying which of their inputs matter:
+    """What enters layers of a model that sees some batches, features saying which of their inputs matter:
     {layer: [f, ...]} -> {layer: (share of all its inputs outside the domain, values (tokens, features) of those)}."""
     import torch
 
@@ -165,22 +170,43 @@ def draw_edge(axis, knots, points, x=None):
     axis.spines[:].set_visible(False)
 
 
+def draw_surface(axis, knots, points, scale, x=None):
+    """One surface, points (N, N), on its domain, blue at -scale and orange at scale, and some inputs x, pairs."""
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+
+    low, high, beyond = knots[0], knots[-1], 0.375 * (knots[-1] - knots[0])
+    fine = np.linspace(low, high, 97)
+    rows = np.stack([np.interp(fine, knots, row) for row in points])
+    values = np.stack([np.interp(fine, knots, column) for column in rows.T])  # (second input, first): up, and across
+    colors = LinearSegmentedColormap.from_list("", [BLUE, "white", ORANGE])
+    how = dict(origin="lower", aspect="auto", vmin=-scale, vmax=scale, cmap=colors)
+    axis.imshow(values, extent=(low, high, low, high), **how)
+    if x is not None:
+        x = x[:: max(1, len(x) // DOTS)]
+        outside = (abs(x) > high).any(1)
+        for part, color in ((x[~outside], INK), (x[outside], PALE_ORANGE)):
+            axis.scatter(*part.T, s=2, color=color, alpha=0.4, linewidths=0)
+    limits, ticks = (low - beyond, high + beyond), (low, (low + high) / 2, high)
+    axis.set(xlim=limits, ylim=limits, xticks=ticks, yticks=ticks)
+    axis.tick_params(length=0, labelsize=8, labelcolor=INK)
+    axis.spines[:].set_visible(False)
+
+
 def load_splines(run):
-    """(model, {name: KANLayer}, info) of a run's folder; ValueError if it has none."""
+    """(model, {name: KANLayer or KANPairLayer}, info) of a run's folder; ValueError if it has none."""
     import checkpoint
-    from kan_layer import KANLayer
 
     model, _, info = checkpoint.load_model(run)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, KANLayer)}
+    layers = {name: module for name, module in model.named_modules() if module in model.kan_layers()}
     if not layers:
-        pairs = ", of surfaces over pairs" if model.kan_layers() else ""
-        raise ValueError(f"the model in {run} has no curves: its mlp is {model.config.mlp}{pairs}")
+        raise ValueError(f"the model in {run} has no curves: its mlp is {model.config.mlp}")
     return model, layers, info
 
 
 def curves_figure(run, path, per_layer=6):
-    """A trained network, a row a KANLayer: its most active curves over the histograms of what enters them, the share of
-    its inputs outside the domain, and its curvature. Returns the path.
+    """A trained network, a row a layer: its most active curves or surfaces and what enters them, the share of its
+    inputs outside the domain, and its curvature. Returns the path.
 
     Inputs are those of the run's validation data; without it, curves and curvature are drawn alone.
     """
@@ -192,44 +218,62 @@ def curves_figure(run, path, per_layer=6):
     if per_layer < 1:
         raise ValueError(f"per_layer must be at least 1, got {per_layer}")
     model, layers, info = load_splines(run)
-    edges = {}
+    surfaces, edges = model.config.kan_pairs, {}
+    each = 2 if surfaces else 1  # inputs of a spline, which are neighbours
     for layer in layers.values():
-        top = layer.edge_activity().flatten().topk(min(per_layer, layer.in_features * layer.out_features)).indices
-        edges[layer] = [divmod(edge, layer.out_features) for edge in top.tolist()]
+        activity = layer.edge_activity().flatten()
+        top = activity.topk(min(per_layer, len(activity))).indices.tolist()
+        edges[layer] = [divmod(edge, layer.out_features) for edge in top]
     batches = [windows[:, :-1] for windows in validation_windows(info)]
-    wanted = {layer: [f for f, _ in pairs] for layer, pairs in edges.items()}
+    wanted = {layer: [each * p + k for p, _ in found for k in range(each)] for layer, found in edges.items()}
     inputs = watch_inputs(model, wanted, batches) if batches else {}
 
     shape, size, widths = (len(layers), per_layer + 1), (10.5, 1 + 1.4 * len(layers)), [1] * per_layer + [0.75]
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, width_ratios=widths, layout="constrained")
     for number, ((name, layer), row) in enumerate(zip(layers.items(), axes, strict=True), start=1):
         knots, table = layer.knots.numpy(), layer.control_points().detach().cpu().double().numpy()
-        curves = [table[f, :, o] for f, o in edges[layer]]
-        low, high = min(points.min() for points in curves), max(points.max() for points in curves)
-        margin = 0.1 * (high - low) or 1.0
-        for k, points in enumerate(curves):
-            draw_edge(row[k], knots, points, inputs[layer][1][:, k].numpy() if inputs else None)
-            row[k].set_ylim(low - margin, high + margin)  # one scale a row
-            row[k].set_title("{} → {}".format(*edges[layer][k]), fontsize=9, color=INK, pad=3)
+        drawn = [table[p, ..., o] for p, o in edges[layer]]
+        low, high = min(points.min() for points in drawn), max(points.max() for points in drawn)
+        scale, margin = max(-low, high) or 1.0, 0.1 * (high - low) or 1.0  # one scale a row
+        for k, points in enumerate(drawn):
+            mine = slice(each * k, each * (k + 1))
+            x = inputs[layer][1][:, mine].numpy() if inputs else None
+            if surfaces:
+                draw_surface(row[k], knots, points, scale, x)
+            else:
+                draw_edge(row[k], knots, points, x)
+                row[k].set_ylim(low - margin, high + margin)
+            enters = ", ".join(map(str, wanted[layer][mine]))
+            row[k].set_title(f"{enters} → {edges[layer][k][1]}", fontsize=9, color=INK, pad=3)
             row[k].tick_params(labelleft=k == 0, labelbottom=number == len(layers))
-        for axis in row[len(curves) :]:
+        for axis in row[len(drawn) :]:
             axis.axis("off")
         row[0].set_ylabel(name.removeprefix("transformer."), fontsize=9, color=INK)
         facts = [(f"{curvature(layer):.2f}", "curvature", BLUE)]
         if inputs:
             facts.append((f"{inputs[layer][0]:.1%}", "of inputs outside", ORANGE))
-        for height, (value, label, color) in zip((0.1, 0.6), facts, strict=False):
-            row[-1].text(0, height + 0.15, value, fontsize=15, color=color, weight="bold")
-            row[-1].text(0, height, label, fontsize=9, color=color)
+        if surfaces:
+            facts.append((f"±{scale:.2g}", "blue to orange", INK))
+        apart, large = (0.32, 12) if surfaces else (0.5, 15)
+        for place, (value, label, color) in enumerate(facts):
+            row[-1].text(0, 0.1 + place * apart + 0.01 * large, value, fontsize=large, color=color, weight="bold")
+            row[-1].text(0, 0.1 + place * apart, label, fontsize=9, color=color)
     figure.align_ylabels(axes[:, 0])
     loss = "" if info["best_val_loss"] is None else f", best validation loss {info['best_val_loss']:.3f}"
     title = f"{Path(run).name}: what it learned in {info['step']:,} steps{loss}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=14, color=INK, weight="bold")
-    behind = "Behind them the histogram of what enters, orange outside the domain. " if inputs else ""
-    caption = (
-        "The most active curves of each KANLayer, input channel → output channel, dashed where they go on outside "
-        f"their domain.\n{behind}Curvature: 0 for straight lines, 2.45 for unrelated control points."
-    )
+    if surfaces:
+        caption = (
+            "The most active surfaces of each KANPairLayer, input channels → output channel, the first input across."
+        )
+        behind = "On them some of the pairs that enter, orange outside the domain. " if inputs else ""
+    else:
+        caption = (
+            "The most active curves of each KANLayer, input channel → output channel, dashed where they go on outside "
+            "their domain."
+        )
+        behind = "Behind them the histogram of what enters, orange outside the domain. " if inputs else ""
+    caption += f"\n{behind}Curvature: 0 for straight lines, 2.45 for unrelated control points."
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=9, color=INK)
     return save_figure(figure, path)
 

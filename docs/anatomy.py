@@ -2,16 +2,18 @@
 
     python docs/anatomy.py out/quickstart
 
-For every KANLayer, over tokens of the run's own validation data:
+For every layer of curves or surfaces, over tokens of the run's own validation data:
 
     outside      share of its inputs outside the domain, where curves go on as straight lines
-    visits       of an interval of a feature: the fewest and the most, as a multiple of the mean; share never visited
+    visits       of an interval of a feature (of surfaces a cell of a pair): the fewest and the most, as a multiple of
+                 the mean; share never visited
     curvature    root mean square of second differences over the deviation along the knots (see plot.py): 0 if straight
-    linear       share of the variance of all curves that straight lines explain
+    linear       share of the variance of all curves that straight lines explain, of surfaces planes
+    additive     share of the surfaces' variance that sums of two curves explain, one of each input
 
-Then the validation loss of the model as it is, with every curve replaced by its best straight line, with gates at 1,
-and with the least active share of edges, or as many at random, replaced by their means. An edge's activity is its
-standard deviation over the same tokens.
+Then the validation loss of the model as it is, with every curve or surface replaced by the best such fit, with gates at
+1, and with the least active share of edges, or as many at random, replaced by their means. An edge is one curve or
+surface; its activity is its standard deviation over the same tokens.
 """
 
 import contextlib
@@ -43,29 +45,52 @@ def inputs_of(model, layers, batches):
     return {layer: x.double() for layer, (_, x) in found.items()}
 
 
-def look(layer, x):
-    """What one layer does with inputs x (tokens, F): facts, and three tables (F, ., O) of its edges.
+def weights(x, knots):
+    """Of the control points of a curve or surface, (tokens, N or N^2), for inputs x (tokens, 1 or 2)."""
+    along = hats(*search(x.contiguous(), knots), len(knots))  # (tokens, 1 or 2, N)
+    return along[:, 0] if x.shape[1] == 1 else (along[:, 0, :, None] * along[:, 1, None, :]).flatten(1)
 
-    Returns a dictionary: outside, visits (F, N - 1), linear; lines (F, N, O), the best straight lines' control points;
-    means (F, 1, O) and activity (F, O).
+
+def designs(x, knots):
+    """What a fit is a linear combination of: {kind: (tokens, terms)}."""
+    along = hats(*search(x.contiguous(), knots), len(knots))
+    return {"linear": torch.cat((torch.ones(len(x), 1), x), dim=1), "additive": along.flatten(1)}
+
+
+def look(layer, x):
+    """What one layer does with inputs x (tokens, F): facts, and three kinds of tables of its edges, each (P, K, O), P
+    being features of curves or pairs of surfaces, K the control points of one, N or N^2.
+
+    Returns a dictionary: outside, visits (P, cells); fits, {"linear", of surfaces "additive": (share of the variance
+    that is explained, the best fits' control points)}; means (P, 1, O) and activity (P, O).
     """
-    knots, table = layer.knots, layer.control_points().detach().double()
-    F, N, O = table.shape
-    visits, lines, variance, unexplained = torch.zeros(F, N - 1), torch.empty_like(table), 0.0, 0.0
-    means, activity = torch.empty(F, 1, O, dtype=torch.float64), torch.empty(F, O, dtype=torch.float64)
-    for f in range(F):
-        i, t = search(x[:, f : f + 1].contiguous(), knots)
-        visits[f] = torch.bincount(i.flatten(), minlength=N - 1)
-        y = hats(i, t, N, torch.float64)[:, 0] @ table[f]  # (tokens, O)
-        centred, deviation = x[:, f] - x[:, f].mean(), y - y.mean(0)
-        slope = centred @ deviation / (centred @ centred)  # (O,), least squares
-        lines[f] = y.mean(0) + (knots - x[:, f].mean()).unsqueeze(1) * slope
-        variance += deviation.square().sum().item()
-        unexplained += (deviation - centred.unsqueeze(1) * slope).square().sum().item()
-        means[f, 0], activity[f] = y.mean(0), deviation.square().mean(0).sqrt()
+    knots, N, table = layer.knots, layer.num_control_points, layer.control_points().detach().double()
+    table = table.reshape(len(table), -1, layer.out_features)
+    each = layer.in_features // len(table)  # inputs of a spline, 1 or 2
+    at = torch.cartesian_prod(*[knots] * each).view(-1, each)  # the control points' inputs (K, each)
+    visits, fitted = torch.zeros(len(table), (N - 1) ** each), {"linear": torch.empty_like(table)}
+    if each == 2:
+        fitted["additive"] = torch.empty_like(table)
+    variance, unexplained = 0.0, dict.fromkeys(fitted, 0.0)
+    means, activity = [], []
+    for p, inputs in enumerate(x.split(each, dim=1)):
+        i, _ = search(inputs.contiguous(), knots)
+        cells = i[:, 0] if each == 1 else i[:, 0] * (N - 1) + i[:, 1]
+        visits[p] = torch.bincount(cells, minlength=visits.shape[1])
+        y = weights(inputs, knots) @ table[p]  # (tokens, O)
+        mean = y.mean(0, keepdim=True)
+        for kind, fit in fitted.items():
+            there, here = (designs(where, knots)[kind] for where in (inputs, at))
+            inverse = torch.linalg.pinv(there.T @ there, hermitian=True)  # least squares; where there are no visits, 0
+            solution = inverse @ (there.T @ (y - mean))
+            fit[p] = mean + here @ solution
+            unexplained[kind] += (y - mean - there @ solution).square().sum().item()
+        variance += (y - mean).square().sum().item()
+        means.append(mean)
+        activity.append((y - mean).square().mean(0).sqrt())
     outside = ((x < knots[0]) | (x > knots[-1])).double().mean().item()
-    return dict(outside=outside, visits=visits, linear=1 - unexplained / variance if variance else 1.0, lines=lines,
-                means=means, activity=activity)  # fmt: skip
+    fits = {kind: (1 - unexplained[kind] / variance if variance else 1.0, fit) for kind, fit in fitted.items()}
+    return dict(outside=outside, visits=visits, fits=fits, means=torch.stack(means), activity=torch.stack(activity))
 
 
 @torch.inference_mode()
@@ -86,16 +111,17 @@ def restored(model):
 
 
 def loss_with(model, tables, batches):
-    """The loss with other control points, {layer: (F, N, O)}."""
+    """The loss with other control points, {layer: (P, K, O)}."""
     with restored(model):
         for layer, table in tables.items():
-            layer.set_control_points(table)
+            layer.set_control_points(table.view_as(layer.kan_weight))
         return loss_of(model, batches)
 
 
 def pruned(layer, seen, drop):
-    """The layer's table with the edges of the mask drop (F, O) replaced by their means."""
-    return torch.where(drop.unsqueeze(1), seen["means"], layer.control_points().detach().double())
+    """The layer's table (P, K, O) with the edges of the mask drop (P, O) replaced by their means."""
+    table = layer.control_points().detach().double().reshape(len(drop), -1, layer.out_features)
+    return torch.where(drop.unsqueeze(1), seen["means"], table)
 
 
 def main(arguments):
@@ -107,17 +133,23 @@ def main(arguments):
     inputs = inputs_of(model, layers.values(), [w[:, :-1] for w in windows])
     seen = {layer: look(layer, x) for layer, x in inputs.items()}
 
-    print("| layer | outside | visits, fewest | most | never | curvature | linear |\n|---|---|---|---|---|---|---|")
+    replaced = {"linear": "every curve a straight line"}
+    if model.config.kan_pairs:
+        replaced = {"linear": "every surface a plane", "additive": "every surface a sum of two curves"}
+    print(f"| layer | outside | visits, fewest | most | never | curvature | {' | '.join(replaced)} |")
+    print("|---" * (6 + len(replaced)) + "|")
     for name, layer in layers.items():
         facts, share = seen[layer], seen[layer]["visits"] / seen[layer]["visits"].mean()
+        explained = " | ".join(f"{share:.1%}" for share, _ in facts["fits"].values())
         print(
             f"| {name.removeprefix('transformer.')} | {facts['outside']:.1%} | {share.min():.2f} | {share.max():.2f} | "
-            f"{(share == 0).float().mean():.1%} | {plot.curvature(layer):.2f} | {facts['linear']:.1%} |"
+            f"{(share == 0).float().mean():.1%} | {plot.curvature(layer):.2f} | {explained} |"
         )
     print("\n| model | validation loss |\n|---|---|")
     print(f"| as it is | {loss_of(model, windows):.4f} |")
-    lines = loss_with(model, {layer: seen[layer]["lines"] for layer in seen}, windows)
-    print(f"| every curve a straight line | {lines:.4f} |")
+    for kind, what in replaced.items():
+        loss = loss_with(model, {layer: facts["fits"][kind][1] for layer, facts in seen.items()}, windows)
+        print(f"| {what} | {loss:.4f} |")
     if model.config.kan_gate:
         with restored(model):
             for block in model.transformer.h:

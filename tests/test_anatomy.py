@@ -26,11 +26,11 @@ def test_facts_about_known_curves():
         4 / 24 * 1.0 - 1 / 16,
     )  # variances: uniform on [-2, 2]; E t^2 - (E t)^2 = (2 / 3) / 4 - (1 / 4)^2
     torch.testing.assert_close(seen["activity"], torch.tensor([[line, tent]]).double().sqrt(), rtol=2e-3, atol=0)
-    assert seen["linear"] == pytest.approx(line / (line + tent), abs=1e-3)
+    assert seen["fits"]["linear"][0] == pytest.approx(line / (line + tent), abs=1e-3)
     assert seen["outside"] == 0 and seen["visits"].sum() == 4001 and (seen["visits"] - 1000).abs().max() <= 1
     torch.testing.assert_close(seen["means"], torch.tensor([[[0.0, 0.25]]]).double(), rtol=0, atol=1e-3)
     straight = torch.stack((layer.knots, torch.full((5,), 0.25, dtype=torch.float64)), dim=1).unsqueeze(0)
-    torch.testing.assert_close(seen["lines"], straight, rtol=0, atol=2e-3)
+    torch.testing.assert_close(seen["fits"]["linear"][1], straight, rtol=0, atol=2e-3)
     assert anatomy.look(layer, torch.tensor([[-3.0], [0], [1], [5]], dtype=torch.float64))["outside"] == 0.5
 
 
