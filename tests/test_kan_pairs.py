@@ -16,6 +16,7 @@ import kan_kernels
 import kan_parameterizations
 import plot
 import train
+from kan_layer import KANLayer
 from kan_pairs import KANPairLayer
 from model import GPT, GPTConfig
 
@@ -297,8 +298,17 @@ def test_it_trains_and_is_loaded_by_its_control_points(tiny):
         layers = model.kan_layers()
         assert [type(layer) for layer in layers] == [KANPairLayer] * 2
         assert all(layer.parameterization == "bspline" and layer.kan_weight.any() for layer in layers)
-        with pytest.raises(ValueError, match="has no curves: its mlp is kan, of surfaces over pairs"):
-            plot.load_splines(config.out_dir)
+        assert list(plot.load_splines(config.out_dir)[1]) == ["transformer.h.0.mlp.proj", "transformer.h.1.mlp.proj"]
+
+
+def test_activity_of_a_sum_of_curves_is_theirs():
+    curves = KANLayer(6, 5, num_control_points=7)
+    torch.nn.init.normal_(curves.kan_weight)
+    surfaces = KANPairLayer(6, 5, num_control_points=7, parameterization="whitened")
+    a, b = curves.kan_weight[::2], curves.kan_weight[1::2]
+    surfaces.set_control_points(a.unsqueeze(2) + b.unsqueeze(1))
+    want = curves.edge_activity().view(3, 2, 5).square().sum(1).sqrt()
+    torch.testing.assert_close(surfaces.edge_activity(), want, rtol=1e-5, atol=0)
 
 
 def test_what_is_for_curves_is_refused(tiny):

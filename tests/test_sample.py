@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_one_line
@@ -14,6 +16,7 @@ import plot
 import train
 from data import bins, tokenizer
 from kan_layer import KANLayer
+from kan_pairs import KANPairLayer
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +148,49 @@ def test_curvature_of_curves_that_are_known():
     with torch.no_grad():
         layer.kan_weight.copy_(torch.tensor([0.0, 1.0] * 4 + [0.0]).view(1, 9, 1).expand_as(layer.kan_weight))
     assert plot.curvature(layer) == pytest.approx(2 / torch.tensor([0.0, 1.0] * 4 + [0.0]).std().item())
+
+
+def test_curvature_of_surfaces_that_are_known():
+    assert plot.curvature(KANPairLayer(8, 8, init="zero")) == 0
+    assert plot.curvature(KANPairLayer(8, 8, num_control_points=2)) == 0
+    assert plot.curvature(KANPairLayer(8, 8, num_control_points=9)) < 1e-4  # random_normal: planes
+    layer = KANPairLayer(64, 64, num_control_points=9)
+    torch.nn.init.normal_(layer.kan_weight, mean=5.0)
+    assert plot.curvature(layer) == pytest.approx(6**0.5, rel=0.02)
+    tooth = torch.tensor([0.0, 1.0] * 4 + [0.0])  # along one axis, nothing along the other
+    layer.set_control_points(tooth.view(1, 1, 9, 1).expand_as(layer.kan_weight))
+    assert plot.curvature(layer) == pytest.approx(2 / tooth.std().item())
+
+
+def test_surfaces_that_were_learned(script, tiny, tmp_path):
+    config = tiny(kan_pairs=True, kan_parameterization="whitened", max_steps=20)
+    train.train(config)
+    pictures = []
+    for number, options in enumerate([[], ["--per_layer=9"], ["--per_layer=9"]]):
+        if number == 2:  # without the data that it was trained on there are no dots
+            info = Path(config.out_dir) / "best" / "config.json"
+            info.write_text(json.dumps({**json.loads(info.read_text()), "data_fingerprint": "other"}))
+        done = script("plot.py", config.out_dir, "--curves", f"--out={number}.png", *options)
+        assert done.returncode == 0 and ("other data than the run" in done.stderr) == (number == 2), done.stderr
+        pictures.append((tmp_path / f"{number}.png").read_bytes())
+    assert min(map(len, pictures)) > 10_000 and len(set(pictures)) == 3
+
+
+def test_the_first_input_of_a_surface_is_drawn_across():
+    import matplotlib.pyplot as plt
+
+    knots, points = np.linspace(-2, 2, 5), np.zeros((5, 5))
+    points[4, 2] = 1.0  # first input 2, second 0
+    figure, axis = plt.subplots()
+    plot.draw_surface(axis, knots, points, 1.0, np.array([[2.0, 0.0], [2.5, 0.0]]))
+    (image,) = axis.images
+    values = np.asarray(image.get_array())
+    up, across = np.unravel_index(values.argmax(), values.shape)
+    low, high = image.get_extent()[:2]
+    assert (low, high) == (-2, 2) and (across, up) == (96, 48) and values.max() == 1
+    inside, outside = (part.get_offsets().tolist() for part in axis.collections)
+    assert (inside, outside) == ([[2.0, 0.0]], [[2.5, 0.0]])
+    plt.close(figure)
 
 
 def test_damaged_logs(tmp_path):
