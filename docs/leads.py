@@ -22,7 +22,7 @@ CORPORA = dict(shakespeare_char="tiny Shakespeare", python_stdlib="the library",
 LARGE, SMALLER, TOKENS = "the MLP as large", "the best smaller MLP", "the MLP as large, bfloat16, 1,536 tokens a step"
 KAN, KAN_BY_TOKENS = "kan_muon_3_layers", "kan_tables_muon"
 KANS_OF_PAIRS = "kan_pairs_64_no_gate", "kan_pairs_96_no_gate", "kan_pairs_112_no_gate", "kan_pairs_112_more_decay"
-KANS_AS_LARGE = "kan_pairs_64_5_points", "kan_pairs_96_7_points"
+KANS_AS_LARGE = "kan_pairs_64_5_points", "kan_pairs_96_7_points", "kan_pairs_96_15_points", "kan_pairs_96_more_decay"
 STYLES = {LARGE: "o-", SMALLER: "s--", TOKENS: "^:"}
 # Panel; plan; what is equal; the KAN among its arms; what the MLP as large is called, where that says too little
 COMPARED = (
