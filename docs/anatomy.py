@@ -45,16 +45,11 @@ def inputs_of(model, layers, batches):
     return {layer: x.double() for layer, (_, x) in found.items()}
 
 
-def weights(x, knots):
-    """Of the control points of a curve or surface, (tokens, N or N^2), for inputs x (tokens, 1 or 2)."""
-    along = hats(*search(x.contiguous(), knots), len(knots))  # (tokens, 1 or 2, N)
-    return along[:, 0] if x.shape[1] == 1 else (along[:, 0, :, None] * along[:, 1, None, :]).flatten(1)
-
-
-def designs(x, knots):
-    """What a fit is a linear combination of: {kind: (tokens, terms)}."""
-    along = hats(*search(x.contiguous(), knots), len(knots))
-    return {"linear": torch.cat((torch.ones(len(x), 1), x), dim=1), "additive": along.flatten(1)}
+def designs(x, along):
+    """What the fits to inputs x (tokens, 1 or 2) are made of, along being the hats there, (tokens, 1 or 2, N): {kind:
+    (tokens, terms)}. Curves have no second kind, which would be they themselves."""
+    kinds = {"linear": torch.cat((torch.ones(len(x), 1), x), dim=1), "additive": along.flatten(1)}
+    return kinds if x.shape[1] == 2 else {"linear": kinds["linear"]}
 
 
 def look(layer, x):
@@ -68,23 +63,24 @@ def look(layer, x):
     table = table.reshape(len(table), -1, layer.out_features)
     each = layer.in_features // len(table)  # inputs of a spline, 1 or 2
     at = torch.cartesian_prod(*[knots] * each).view(-1, each)  # the control points' inputs (K, each)
-    visits, fitted = torch.zeros(len(table), (N - 1) ** each), {"linear": torch.empty_like(table)}
-    if each == 2:
-        fitted["additive"] = torch.empty_like(table)
-    variance, unexplained = 0.0, dict.fromkeys(fitted, 0.0)
-    means, activity = [], []
+    at_knots = designs(at, hats(*search(at, knots), N))
+    visits, variance, unexplained = torch.zeros(len(table), (N - 1) ** each), 0.0, dict.fromkeys(at_knots, 0.0)
+    fitted, means, activity = {kind: torch.empty_like(table) for kind in at_knots}, [], []
     for p, inputs in enumerate(x.split(each, dim=1)):
-        i, _ = search(inputs.contiguous(), knots)
-        cells = i[:, 0] if each == 1 else i[:, 0] * (N - 1) + i[:, 1]
+        i, t = search(inputs.contiguous(), knots)
+        along = hats(i, t, N)  # (tokens, each, N)
+        if each == 1:
+            cells, weights = i[:, 0], along[:, 0]
+        else:
+            cells, weights = i[:, 0] * (N - 1) + i[:, 1], (along[:, 0, :, None] * along[:, 1, None, :]).flatten(1)
         visits[p] = torch.bincount(cells, minlength=visits.shape[1])
-        y = weights(inputs, knots) @ table[p]  # (tokens, O)
+        y = weights @ table[p]  # (tokens, O)
         mean = y.mean(0, keepdim=True)
-        for kind, fit in fitted.items():
-            there, here = (designs(where, knots)[kind] for where in (inputs, at))
-            inverse = torch.linalg.pinv(there.T @ there, hermitian=True)  # least squares; where there are no visits, 0
-            solution = inverse @ (there.T @ (y - mean))
-            fit[p] = mean + here @ solution
-            unexplained[kind] += (y - mean - there @ solution).square().sum().item()
+        for kind, terms in designs(inputs, along).items():
+            inverse = torch.linalg.pinv(terms.T @ terms, hermitian=True)  # least squares; where there are no visits, 0
+            solution = inverse @ (terms.T @ (y - mean))
+            fitted[kind][p] = mean + at_knots[kind] @ solution
+            unexplained[kind] += (y - mean - terms @ solution).square().sum().item()
         variance += (y - mean).square().sum().item()
         means.append(mean)
         activity.append((y - mean).square().mean(0).sqrt())
