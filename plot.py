@@ -145,12 +145,21 @@ def validation_windows(info):
     return [torch.from_numpy(data.val_batch(starts[i : i + 8])) for i in range(0, len(starts), 8)]
 
 
+def frame(axis, knots):
+    """(left, right) of an axis for a spline's inputs, 3/8 of its domain beyond either end, whose ticks are the domain's
+    ends and middle; nothing is drawn around it."""
+    low, high, beyond = knots[0], knots[-1], 0.375 * (knots[-1] - knots[0])
+    axis.set(xlim=(low - beyond, high + beyond), xticks=(low, (low + high) / 2, high))
+    axis.tick_params(length=0, labelsize=8, labelcolor=INK)
+    axis.spines[:].set_visible(False)
+    return low - beyond, high + beyond
+
+
 def draw_edge(axis, knots, points, x=None):
     """One curve, dashed where it goes on outside its domain, over the histogram of its inputs x where there are any."""
     import numpy as np
 
-    low, high, step = knots[0], knots[-1], (knots[-1] - knots[0]) / 16
-    left, right = low - 6 * step, high + 6 * step
+    left, right = frame(axis, knots)
     if x is not None:
         heights, edges = np.histogram(x, np.linspace(left, right, 29))
         for first, last, color in ((0, 6, PALE_ORANGE), (6, 22, PALE), (22, 28, PALE_ORANGE)):  # low and high are edges
@@ -163,11 +172,9 @@ def draw_edge(axis, knots, points, x=None):
         axis.plot((knots[end], far), (points[end], beyond), "--", color=BLUE, linewidth=1)
         axis.axvline(knots[end], color=INK, linewidth=0.5, alpha=0.5)
     axis.plot(knots, points, "o-", color=BLUE, linewidth=1.8, markersize=3)
-    axis.set(xlim=(left, right), xticks=(low, (low + high) / 2, high), axisbelow=True)
+    axis.set_axisbelow(True)
     axis.locator_params(axis="y", nbins=4)
-    axis.tick_params(length=0, labelsize=8, labelcolor=INK)
     axis.grid(True, color="#e8ebef", linewidth=0.6)
-    axis.spines[:].set_visible(False)
 
 
 def draw_surface(axis, knots, points, scale, x=None):
@@ -175,7 +182,7 @@ def draw_surface(axis, knots, points, scale, x=None):
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
 
-    low, high, beyond = knots[0], knots[-1], 0.375 * (knots[-1] - knots[0])
+    low, high = knots[0], knots[-1]
     fine = np.linspace(low, high, 97)
     rows = np.stack([np.interp(fine, knots, row) for row in points])
     values = np.stack([np.interp(fine, knots, column) for column in rows.T])  # (second input, first): up, and across
@@ -187,10 +194,8 @@ def draw_surface(axis, knots, points, scale, x=None):
         outside = (abs(x) > high).any(1)
         for part, color in ((x[~outside], INK), (x[outside], PALE_ORANGE)):
             axis.scatter(*part.T, s=2, color=color, alpha=0.4, linewidths=0)
-    limits, ticks = (low - beyond, high + beyond), (low, (low + high) / 2, high)
-    axis.set(xlim=limits, ylim=limits, xticks=ticks, yticks=ticks)
-    axis.tick_params(length=0, labelsize=8, labelcolor=INK)
-    axis.spines[:].set_visible(False)
+    limits = frame(axis, knots)  # at the end, since a picture sets limits of its own
+    axis.set(ylim=limits, yticks=axis.get_xticks())
 
 
 def load_splines(run):
