@@ -161,7 +161,7 @@ def triton(x, table, spline_width, dtype, *normed):
     return torch.ops.splinegpt_gpu.spline(x, table, spline_width, dtype, tf32, looked_up, *normed)
 
 
-def embedding_bag(x, table, spline_width, dtype):
+def embedding_bag(x, table, spline_width, dtype, look_up=look_up):
     """The look-up: F.embedding_bag sums each token's 2F rows as it reads them.
 
     The forward's cost does not depend on N. The backward needs the indices and weights again and saves them, 20 bytes
@@ -169,7 +169,7 @@ def embedding_bag(x, table, spline_width, dtype):
     Where dtype is half precision, the gradient of x is a difference of two rounded products: 0.6% off at N = 8, 10% at
     N = 128.
     """
-    flat = table.to(dtype).flatten(0, 1)
+    flat = table.to(dtype).flatten(0, -2)
     outputs = []
     for chunk in split_tokens(x, max(1, MAX_LOOKUPS // (2 * x.shape[1]))):
         rows, weights = (pair.flatten(1) for pair in look_up(chunk, table.shape[1], spline_width))  # (B, 2F)
@@ -337,7 +337,7 @@ def hat_chunk(x, table):
     torch.compile unrolls the loop. Smaller ones cost more in the matrix products than they gain in the cache (measured
     at 768 tokens, 384 to 384, N = 8, forward and backward: 41 ms in chunks of 96 tokens, 33 ms in one)."""
     numbers = 2**23 if x.device.type == "cpu" else 2**27
-    return max(1, math.ceil(x.shape[0] / 8), numbers // (table.shape[0] * table.shape[1]))
+    return max(1, math.ceil(x.shape[0] / 8), numbers // math.prod(table.shape[:-1]))
 
 
 class HatMatmul(torch.autograd.Function):

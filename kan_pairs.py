@@ -15,8 +15,8 @@ Which inputs make a pair? Neighbours. In a network those are any two: who writes
 
 Surfaces may be learned in other coordinates (kan_parameterizations.py), the same along both axes: C = M P M^T.
 
-On a CPU it is C++ (kan_kernels/pairs.cpp); elsewhere, and where second derivatives are wanted, a matrix product with
-the weights of all knots, N^2 / 4 times the flops.
+On a CPU it is C++ (kan_kernels/pairs.cpp); elsewhere a matrix product with the weights of all knots, N^2 / 4 times the
+flops, or for few tokens PyTorch's look-up.
 
 Legend of shapes
     B  tokens (all leading dimensions, flattened)       F  in_features, even    P = F / 2 pairs    x  (B, F)
@@ -30,32 +30,124 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import kan_kernels
+import kan_layer
 import kan_parameterizations
 from kan_layer import (
     at_least_float32,
     check_arguments,
     check_cpp,
     deviations,
+    hat_chunk,
     locate,
     normal_shares,
     output_dtype,
+    split_tokens,
     straight_lines,
+    wants_gradient,
     without_autocast,
 )
+from kan_parameterizations import hats
 
-IMPLS = ("cpp", "dense")
+
+def look_up(x, num_control_points, spline_width):
+    """What each token reads: rows of the table as (P * N * N, O), and their weights, both (B, P, 4)."""
+    N, P = num_control_points, x.shape[1] // 2
+    i, t = (a.unflatten(1, (P, 2)) for a in locate(x, N, spline_width))
+    corner = (torch.arange(P, device=x.device) * N + i[..., 0]) * N + i[..., 1]
+    rows = torch.stack((corner, corner + 1, corner + N, corner + N + 1), dim=2)
+    s, t = (torch.stack((1 - a, a), dim=2) for a in t.unbind(2))
+    return rows, (s.unsqueeze(3) * t.unsqueeze(2)).flatten(2)
+
+
+def cpp(x, table, spline_width, dtype):
+    """The look-up in C++, for CPUs (kan_kernels/pairs.cpp), in float32 or better. Saves only x."""
+    wider = torch.promote_types(x.dtype, at_least_float32(table).dtype)
+    return kan_kernels.pairs(x.to(wider), table.to(wider), spline_width).to(dtype)
+
+
+def embedding_bag(x, table, spline_width, dtype):
+    """The look-up by F.embedding_bag; the forward's cost does not depend on N. The backward saves rows and weights."""
+    return kan_layer.embedding_bag(x, table, spline_width, dtype, look_up)
+
+
+def embedding(x, table, spline_width, dtype):
+    """The definition, word for word; it holds (B, P, 4, O) numbers: to read, to check with, and for torch.func."""
+    rows, weights = look_up(x, table.shape[1], spline_width)
+    corners = F.embedding(rows, table.to(dtype).flatten(0, 2))
+    return torch.einsum("bpc,bpco->bo", weights.to(dtype), corners)
 
 
 def dense(x, table, spline_width, dtype):
-    """y (B, O) in dtype, of x (B, F) in float32 or better. Keeps P N^2 weights a token for the backward."""
-    P, N, _, O = table.shape
-    i, t = (a.unflatten(1, (P, 2)).unsqueeze(-1) for a in locate(x, N, spline_width))
-    knots = torch.arange(N, device=x.device)
-    along = torch.where(knots == i, 1 - t, 0.0) + torch.where(knots == i + 1, t, 0.0)  # (B, P, 2, N): hats
-    weights = along[:, :, 0, :, None] * along[:, :, 1, None, :]  # (B, P, N, N)
-    return weights.flatten(1).to(dtype) @ table.reshape(-1, O).to(dtype)
+    """A @ C with A (B, P N^2), every knot's weight, written out, some tokens at a time: B P N^2 O multiply-adds, all in
+    matrix products. Saves only x."""
+    if kan_kernels.exporting():  # whole, or how many chunks there are would be a guard on the number of tokens
+        return weights(*weights_along(x, table.shape[1], spline_width), dtype) @ table.to(dtype).flatten(0, 2)
+    return WeightMatmul.apply(x, table, spline_width, dtype)
+
+
+def weights_along(x, N, spline_width):
+    """(B, P, N) for either input of a pair: the weights of its knots."""
+    i, t = locate(x, N, spline_width)
+    return hats(i, t, N, x.dtype).unflatten(1, (-1, 2)).unbind(2)
+
+
+def weights(first, second, dtype):
+    """A (B, P N^2)."""
+    return (first.unsqueeze(3) * second.unsqueeze(2)).to(dtype).flatten(1)
+
+
+class WeightMatmul(torch.autograd.Function):
+    """y = A @ C; A is N^2 / 2 times as large as all that defines it, so the backward builds it again from x."""
+
+    @staticmethod
+    def forward(ctx, x, table, spline_width, dtype):
+        ctx.save_for_backward(x, table)
+        ctx.spline_width, ctx.dtype = spline_width, dtype
+        rows, outputs = table.to(dtype).flatten(0, 2), []
+        for chunk in split_tokens(x, hat_chunk(x, table)):
+            outputs.append(weights(*weights_along(chunk, table.shape[1], spline_width), dtype) @ rows)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, table = ctx.saved_tensors
+        P, N, dtype = *table.shape[:2], ctx.dtype
+        rows, grad_table, grad_x = table.to(dtype).flatten(0, 2), None, []
+        tokens = hat_chunk(x, table)
+        for chunk, g_chunk in zip(split_tokens(x, tokens), split_tokens(g, tokens), strict=True):
+            first, second = weights_along(chunk, N, ctx.spline_width)
+            if ctx.needs_input_grad[1]:
+                part = at_least_float32(weights(first, second, dtype).t() @ g_chunk)
+                grad_table = part if grad_table is None else grad_table + part
+            if ctx.needs_input_grad[0]:
+                along = at_least_float32(g_chunk @ rows.t()).view(-1, P, N, N).to(x.dtype)
+                sides = (along @ second.unsqueeze(3)).squeeze(3), (first.unsqueeze(2) @ along).squeeze(2)  # (B, P, N)
+                slopes = torch.stack(sides, dim=2).flatten(1, 2).diff(dim=2)  # (B, F, N - 1)
+                i, _ = locate(chunk, N, ctx.spline_width)
+                grad_x.append(slopes.gather(2, i.unsqueeze(2)).squeeze(2) * ((N - 1) / ctx.spline_width))
+        grad_x = torch.cat(grad_x) if grad_x else None
+        return grad_x, None if grad_table is None else grad_table.view_as(table).to(table.dtype), None, None
+
+
+IMPLS = dict(cpp=cpp, embedding_bag=embedding_bag, embedding=embedding, dense=dense)
+
+
+def choose_impl(x, N, training):
+    """What impl="auto" means for x (..., F): "cpp" on a CPU, if there is a compiler, and "embedding" within torch.func.
+
+    Else "dense", N^2 / 4 times the flops of a look-up but all in matrix products, unless so few tokens come, and no
+    gradient is wanted, that reading the whole table is the larger cost (estimated).
+    """
+    if torch._C._are_functorch_transforms_active():
+        return "embedding"
+    if kan_kernels.in_place_of_pytorch(x):
+        return "cpp"
+    # Tokens last: to torch.export they are a symbol, and asking is a guard.
+    few = not training and not kan_kernels.exporting() and x.numel() // x.shape[-1] <= N * N // 4
+    return "embedding_bag" if few else "dense"
 
 
 class KANPairLayer(nn.Module):
@@ -69,13 +161,13 @@ class KANPairLayer(nn.Module):
         spline_width: the surfaces' domain is [-spline_width / 2, spline_width / 2] both ways, in the units of x;
             outside, the cells at the edge go on, bilinear. Put a LayerNorm in front: 4.0 then holds 95% of a normal
             input.
-        impl: "cpp", "dense", or "auto": "cpp" on a CPU, outside torch.func, if there is a compiler, and "dense" else.
+        impl: "auto" (see choose_impl), "cpp" (CPU), "embedding_bag", "embedding" or "dense".
         parameterization: what kan_weight holds: "bspline", the control points, or coordinates of
             kan_parameterizations.py along both axes.
         smoothness: of "dct_scaled" and the "whitened" ones, see there; None is 100 * ((N - 1) / 31)^4.
 
     Shapes: input (..., in_features), output (..., out_features). dtypes, NaN and infinities as in KANLayer; sums on a
-    CPU are in float32 or better. Second derivatives: "dense" has them, "cpp" raises.
+    CPU are in float32 or better. Second derivatives: "embedding" and "dense" have them, the others raise.
     Raises ValueError for a wrong last dimension, an odd one, a non-floating input, N < 2, a width that is not positive
         and finite, an unknown init, impl or parameterization, smoothness where there is none, and "cpp" off the CPU or
         without a compiler.
@@ -194,17 +286,16 @@ class KANPairLayer(nn.Module):
 
     def forward(self, x, made_by=None):
         """y (..., out_features) of x (..., in_features). made_by is for KANLayer, in whose place this may be."""
-        out_dtype, device = output_dtype(x, self.in_features), x.device.type
-        if self.impl == "cpp":
+        out_dtype, device, impl = output_dtype(x, self.in_features), x.device.type, self.impl
+        if impl == "auto":
+            impl = choose_impl(x, self.num_control_points, wants_gradient(x, self.kan_weight))
+        elif impl == "cpp":
             check_cpp(x)
-        cpp = self.impl == "cpp" or (self.impl == "auto" and kan_kernels.in_place_of_pytorch(x))
         with without_autocast(device):
-            x_flat, table = at_least_float32(x).reshape(-1, self.in_features), self.control_points()
-            if cpp:
-                wider = torch.promote_types(x_flat.dtype, at_least_float32(table).dtype)
-                y = kan_kernels.pairs(x_flat.to(wider), table.to(wider), self.spline_width)
-            else:  # half precision is for matrix units, which CPUs mostly lack
-                y = dense(x_flat, table, self.spline_width, x_flat.dtype if device == "cpu" else out_dtype)
+            x_flat = at_least_float32(x).reshape(-1, self.in_features)
+            # Half precision is for matrix units, which CPUs mostly lack.
+            dtype = x_flat.dtype if device == "cpu" else out_dtype
+            y = IMPLS[impl](x_flat, self.control_points(), self.spline_width, dtype)
         return y.to(out_dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):

@@ -13,6 +13,8 @@ from test_kan_layer import EPS, assert_near_reference, run
 
 import checkpoint
 import kan_kernels
+import kan_layer
+import kan_pairs
 import kan_parameterizations
 import plot
 import train
@@ -22,7 +24,7 @@ from model import GPT, GPTConfig
 
 assert kan_kernels.available()
 ops = torch.ops.splinegpt_cpu
-IMPLS = ["cpp", "dense"]
+IMPLS = ["cpp", "embedding_bag", "embedding", "dense"]
 
 
 def assert_matches_reference(layer, x, g):
@@ -136,11 +138,11 @@ def test_gradcheck_away_from_knots(impl):
     x = (x.round(decimals=1) + 0.017).requires_grad_()
     evaluate = lambda x, table: torch.func.functional_call(layer, dict(kan_weight=table), x)
     assert torch.autograd.gradcheck(evaluate, (x, layer.kan_weight))
-    if impl == "dense":
+    if impl in ("embedding", "dense"):
         assert torch.autograd.gradgradcheck(evaluate, (x, layer.kan_weight))
     else:
         first = torch.autograd.grad(layer(x).sum(), x, create_graph=True)[0]
-        with pytest.raises(RuntimeError, match="no second derivatives"):
+        with pytest.raises(RuntimeError, match=r"no second derivatives|not implemented"):
             first.sum().backward()
 
 
@@ -218,6 +220,38 @@ def test_under_autocast_as_a_linear_layer(impl, dtype):
     torch.testing.assert_close(y.float(), layer(x).float(), atol=0.05, rtol=0.02)
 
 
+@pytest.mark.parametrize("impl", ["embedding_bag", "dense"])
+def test_many_tokens_in_chunks_match_the_reference(impl, monkeypatch):
+    monkeypatch.setattr(kan_layer, "MAX_LOOKUPS", 2 * 6 * 7)  # 7 tokens a chunk, the last one short
+    monkeypatch.setattr(kan_pairs, "hat_chunk", lambda x, table: 7)
+    assert_matches_reference(*make(45, 3, 5, 4, impl=impl))
+
+
+def test_dense_saves_only_its_inputs():
+    layer, x, _ = make(20, 3, 5, 4, impl="dense")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x.requires_grad_())
+    assert sorted(t.numel() for t in saved) == sorted((x.numel(), layer.kan_weight.numel()))
+
+
+def test_what_auto_means():
+    far, here = torch.empty(4, 5, 6, device="meta"), torch.empty(4, 5, 6)
+    choose = kan_pairs.choose_impl
+    assert [choose(far, N, training=False) for N in (8, 9)] == ["dense", "embedding_bag"]  # 20 tokens, 16 or 20 are few
+    assert choose(far, 9, training=True) == "dense" and choose(here, 9, training=True) == "cpp"
+
+
+def test_exports_with_any_number_of_tokens():
+    layer = KANPairLayer(6, 5).requires_grad_(False)
+    exported = torch.export.export(
+        layer, (torch.randn(30, 6),), dynamic_shapes=({0: torch.export.Dim("tokens", min=2, max=100)},)
+    )
+    for tokens in (3, 40):
+        x = torch.randn(tokens, 6)
+        torch.testing.assert_close(exported.module()(x), layer(x), atol=1e-5, rtol=1e-5)
+
+
 def test_per_sample_gradients():
     layer, x = KANPairLayer(4, 3, num_control_points=3), torch.randn(5, 4)
     table = layer.kan_weight.detach()
@@ -235,7 +269,7 @@ def test_per_sample_gradients():
         (dict(spline_width=0), "spline_width must be a positive"),
         (dict(init="ones"), "init must be one of"),
         (dict(init="identity"), "in_features == out_features, got 4 and 3"),
-        (dict(impl="triton"), "impl must be one of auto, cpp, dense, got 'triton'"),
+        (dict(impl="triton"), "impl must be one of auto, cpp, embedding_bag, embedding, dense, got 'triton'"),
         (dict(parameterization="fourier"), "parameterization must be one of"),
         (dict(smoothness=1.0), "has no smoothness, got 1.0"),
         (dict(parameterization="whitened", smoothness=-1.0), "smoothness must be at least 0"),
