@@ -62,7 +62,7 @@ def assert_says(text, found, panel, kinds, size, corpus):
 
 
 def sections():
-    text = (ROOT / "docs" / "results.md").read_text()
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("results.md", "curves.md"))
     return {part.partition("\n")[0]: part for part in re.split(r"^##+ ", text, flags=re.M)}
 
 
