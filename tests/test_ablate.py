@@ -370,6 +370,8 @@ def test_stopped_it_goes_on_where_it_was(plan, tmp_path, number):
     assert folders
     for folder in folders:
         assert 0 < json.loads((folder / "latest" / "config.json").read_text())["step"] < 400
+    if number == signal.SIGHUP:  # what it saved is as good after either signal
+        return
     os.rename(folders[0] / "latest", folders[0] / "latest.old")  # as a crash between two renames leaves it
     losses = []
     for out in (tmp_path, tmp_path / "fresh"):

@@ -59,7 +59,7 @@ def cases(draw):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=cases())
 def test_value_and_gradients_match_the_reference(impl, case):
     x, table, width, g = case
