@@ -20,8 +20,9 @@ fwd: forward without gradients. fwd+bwd: forward and backward, gradients of inpu
 backward adds to the process's memory at its peak. Inputs are unit-normal; with few tokens every call gets other ones,
 or else they would find their rows of the table in the cache.
 
-Other libraries are used where they are installed: kanditioned, inkan and flashkan from PyPI; efficient-kan, fast-kan
-and pykan for whoever has them. Theirs are cubic or Gaussian; the grid is chosen to give as many parameters as ours.
+splinegpt is a KANLayer, surfaces a KANPairLayer of as many parameters. Other libraries are used where they are
+installed: kanditioned, inkan and flashkan from PyPI; efficient-kan, fast-kan and pykan for whoever has them. Theirs are
+cubic or Gaussian; the grid is chosen to give as many parameters as ours.
 """
 
 import contextlib
@@ -47,6 +48,7 @@ import kan_kernels
 from device import keep_freed_memory, memory, multiplies_bfloat16
 from kan_evaluations import EVALUATIONS
 from kan_layer import KANLayer
+from kan_pairs import KANPairLayer
 
 MOST_MEMORY = 2e9  # bytes a contender may need by arithmetic; else it is skipped with a line
 
@@ -84,6 +86,11 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.proj(F.gelu(self.fc(x)))
+
+
+def surfaces(inputs, outputs, N):
+    """Of as many parameters as curves of N points, or the nearest number: 4 x 4 for 8, 8 x 8 for 32, 16 x 16 for 128."""
+    return KANPairLayer(inputs, outputs, num_control_points=max(2, round(math.sqrt(2 * N))))
 
 
 def kanditioned(impl):
@@ -151,6 +158,7 @@ class InBFloat16(nn.Module):
 # name: (package, how to make it of inputs, outputs and N, floats it holds at once for B tokens by its own source)
 CONTENDERS = {
     "splinegpt": (None, lambda i, o, N: KANLayer(i, o, num_control_points=N), None),
+    "surfaces": (None, surfaces, None),
     "kanditioned embedding_bag": ("KANditioned", kanditioned("embedding_bag"), None),
     "kanditioned embedding": ("KANditioned", kanditioned("embedding"), lambda B, i, o, N: 4 * B * i * o),
     "kanditioned csr, mended": ("KANditioned", kanditioned("sparse_matmul_csr"), None),
@@ -467,10 +475,11 @@ def saved_bytes(block, C, device="cpu", dtype=torch.float32):
 
 def models(options):
     recipe = dict(kan_control_points=7, kan_gate=True, kan_parameterization="whitened")
+    surfaces = dict(kan_pairs=True, kan_control_points=9, kan_width=5.0, kan_parameterization="whitened")
     kan, mlp = "shakespeare_char_cpu_kan.toml", "shakespeare_char_cpu_mlp.toml"
     arms = {
         "KAN, N = 7, gate, whitened": (kan, recipe),
-        "KAN of pairs, N = 7, gate, whitened": (kan, {**recipe, "kan_pairs": True}),
+        "KAN of surfaces, 9 x 9, whitened": (kan, surfaces),
         "KAN, N = 8": (kan, {}),
         "KAN, N = 32": (kan, dict(kan_control_points=32)),
         "gelu MLP": (mlp, {}),
