@@ -89,7 +89,7 @@ class MLP(nn.Module):
 
 
 def surfaces(inputs, outputs, N):
-    """Of as many parameters as curves of N points, or the nearest number: 4 x 4 for 8, 8 x 8 for 32, 16 x 16 for 128."""
+    """Of as many parameters as curves of N points, or about: 4 x 4 for 8, 8 x 8 for 32, 16 x 16 for 128."""
     return KANPairLayer(inputs, outputs, num_control_points=max(2, round(math.sqrt(2 * N))))
 
 
