@@ -688,15 +688,13 @@ def draw_curves(axis, plan, rows, measure):
 
 def figure(plan, compared, path):
     """Validation loss against tokens and against seconds, a row of axes per cell, mean and standard error as a band."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     cells = [cell for cell in plan.cells if any((cell, measure) in compared for measure in MEASURES)]
     if not cells:
         return None
-    drawing, axes = plt.subplots(len(cells), 2, figsize=(11, 3.6 * len(cells)), squeeze=False, layout="constrained")
+    drawing = Figure(figsize=(11, 3.6 * len(cells)), layout="constrained")
+    axes = drawing.subplots(len(cells), 2, squeeze=False)
     for cell, pair in zip(cells, axes, strict=True):
         for axis, measure in zip(pair, MEASURES, strict=True):
             equal = measure if (cell, measure) in compared else next(m for m in MEASURES if (cell, m) in compared)

@@ -77,7 +77,7 @@ def warp(x, knots):
     return i + t - (len(knots) - 1) / 2
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's Dynamo does not know the question
+@kan_kernels.constant  # torch 2.11's Dynamo does not know the question
 def autocast_exists(device_type):
     return torch.amp.is_autocast_available(device_type)
 
@@ -143,7 +143,7 @@ def cpp(x, table, spline_width, dtype):
     return kan_kernels.spline(x, table, spline_width, rounded).to(dtype)
 
 
-@torch.compiler.assume_constant_result
+@kan_kernels.constant
 def products_in_tf32():
     return torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises where this has been set
 
@@ -415,7 +415,7 @@ def choose_impl(device_type, num_control_points, tokens, training, dtype=torch.f
     return "dense" if training and N <= 32 else "embedding_bag"
 
 
-@torch.compiler.assume_constant_result
+@kan_kernels.constant
 def bag_has_half_gradients(device_type, dtype):
     return _probe_half_gradients(device_type, dtype)
 

@@ -29,9 +29,7 @@ class Options:
 
 
 def save_figure(figure, path, dpi=150):
-    """Write a figure whole or not at all."""
-    import matplotlib.pyplot as plt
-
+    """Write a matplotlib.figure.Figure whole or not at all."""
     path = Path(path) if Path(path).suffix else Path(f"{path}.png")
     if path.suffix[1:] not in figure.canvas.get_supported_filetypes() or path.is_dir():
         raise ValueError(f"can't write a picture to {path}; name a .png, .pdf or .svg file")
@@ -39,18 +37,15 @@ def save_figure(figure, path, dpi=150):
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     figure.savefig(temporary, dpi=dpi)
     os.replace(temporary, path)
-    plt.close(figure)
     return path
 
 
 def loss_figure(runs, path, against="steps"):
     """Training loss (faint: each step; a running mean) and validation loss (dots) of runs; returns the path."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which would look for a screen, and takes a second to import
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
     for number, run in enumerate(runs):
         header, records = read_log(run)
         tokens = header["config"]["batch_tokens"]
@@ -215,10 +210,7 @@ def curves_figure(run, path, per_layer=6):
 
     Inputs are those of the run's validation data; without it, curves and curvature are drawn alone.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     if per_layer < 1:
         raise ValueError(f"per_layer must be at least 1, got {per_layer}")
@@ -234,7 +226,8 @@ def curves_figure(run, path, per_layer=6):
     inputs = watch_inputs(model, wanted, batches) if batches else {}
 
     shape, size, widths = (len(layers), per_layer + 1), (10.5, 1 + 1.4 * len(layers)), [1] * per_layer + [0.75]
-    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, width_ratios=widths, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False, width_ratios=widths)
     for number, ((name, layer), row) in enumerate(zip(layers.items(), axes, strict=True), start=1):
         knots, table = layer.knots.numpy(), layer.control_points().detach().cpu().double().numpy()
         drawn = [table[p, ..., o] for p, o in edges[layer]]

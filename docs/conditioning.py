@@ -173,14 +173,12 @@ def main(arguments):
 
 
 def draw(sums, out):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     import plot
 
-    figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.6), sharex=True, sharey=True, layout="constrained")
+    figure = Figure(figsize=(10.5, 5.6), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True, sharey=True)
     colors = {"bspline": "#0072B2", "prefix_sum": "#D55E00", "dct_scaled": "#009E73", "whitened": "#CC79A7"}
     at = [0.1, *MUS[1:]]  # mu = 0 has no place on a logarithmic axis
     for row, density in zip(axes, DENSITIES, strict=True):

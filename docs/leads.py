@@ -116,10 +116,7 @@ def draw_leads(axis, panel, found):
 
 
 def main(arguments):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     options = cli.parse(Options, arguments)
     plans = {name: load(name, options.results) for name in dict.fromkeys(plan for _, plan, *_ in COMPARED)}
@@ -133,7 +130,8 @@ def main(arguments):
         nats = f"{lead.nats:+.4f} ± {lead.error:.4f}", lead.verdict
         lines.append([lead.panel, lead.corpus, f"{lead.size:,}", lead.against, *nats, lead.seeds])
     print(markdown(["", "corpus", "parameters", "the KAN less", "nats", "", "seeds of the two"], lines))
-    picture, (top, bottom) = plt.subplots(2, 5, figsize=(23, 8.5), layout="constrained")
+    picture = Figure(figsize=(23, 8.5), layout="constrained")
+    top, bottom = picture.subplots(2, 5)
     for axis, panel in zip(top, dict.fromkeys(lead.panel for lead in found)):
         draw_leads(axis, panel, found)
     top[0].set_ylabel("validation loss, the KAN less an MLP, nats")

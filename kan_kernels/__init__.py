@@ -219,7 +219,17 @@ def warn_once(reason, where="CPU"):
     warnings.warn(f"the fast {where} kernels are not used, PyTorch's operators are: {reason}", stacklevel=2)
 
 
-@torch.compiler.assume_constant_result
+def constant(function):
+    """A question whose answer torch.compile may take once for all.
+
+    That is torch.compiler.assume_constant_result, without importing Dynamo for it, 2 s of processor time each time this
+    is imported.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant
 def available():
     """Whether the kernels can be used here; if not, says why, once."""
     reason = load()
@@ -246,7 +256,7 @@ def load_gpu():
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def gpu_available():
     """Whether the Triton kernels can be used here; if not, says why, once."""
     reason = load_gpu()
@@ -267,7 +277,7 @@ def pairs(x, table, spline_width):
     return torch.ops.splinegpt_cpu.pairs(x, table, spline_width)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's Dynamo takes the question itself for true, exporting or not
+@constant  # torch 2.11's Dynamo takes the question itself for true, exporting or not
 def exporting():
     return torch.compiler.is_exporting()
 

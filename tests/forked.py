@@ -13,6 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import matplotlib.figure  # noqa: F401
+import torch._dynamo  # noqa: F401  the optimizers import it
+
 import ablate  # noqa: F401  it imports train, which imports the model, the layers and torch; a script is run anew
 import plot  # noqa: F401
 import sample  # noqa: F401

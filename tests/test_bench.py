@@ -60,6 +60,6 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
         pytest.param(["--cuda"], "--cuda needs a GPU", marks=without_gpu),
     ],
 )
-def test_mistakes_in_one_line(arguments, message):
-    done = bench(*arguments)
+def test_mistakes_in_one_line(script, arguments, message):
+    done = script("bench.py", *arguments)
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1]

@@ -343,13 +343,14 @@ def python(*arguments):
     )
 
 
-@pytest.mark.parametrize("N", [8, 13])  # tiles of 8 knots; two of them with some unused, and of 4 intervals
-def test_every_tile_compiles_for_every_device(N, monkeypatch):
+# Tiles of 8 knots; two of them with some unused, and of 4 intervals, which is where sm_80 and sm_100 may spill.
+@pytest.mark.parametrize("N, sms", [(8, list(aot.SHARED)), (13, [80, 100])])
+def test_every_tile_compiles_for_every_device(N, sms, monkeypatch):
     monkeypatch.setattr(gpu, "CHOICES", ALL_TILES)
     assert all(gpu.choices(*key, sm // 10) for key in ALL_TILES for sm in aot.SHARED)
-    process = python("-m", "kan_kernels.aot", "--points", str(N))
+    process = python("-m", "kan_kernels.aot", "--points", str(N), "--sm", *map(str, sms))
     assert process.returncode == 0, process.stdout + process.stderr
-    assert f"{len(list(aot.everything(aot.SHARED, N)))} kernels, 0 with something wrong" in process.stdout
+    assert f"{len(list(aot.everything(sms, N)))} kernels, 0 with something wrong" in process.stdout
 
 
 def test_what_is_wrong_is_found():

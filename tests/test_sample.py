@@ -177,11 +177,11 @@ def test_surfaces_that_were_learned(script, tiny, tmp_path):
 
 
 def test_the_first_input_of_a_surface_is_drawn_across():
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     knots, points = np.linspace(-2, 2, 5), np.zeros((5, 5))
     points[4, 2] = 1.0  # first input 2, second 0
-    figure, axis = plt.subplots()
+    axis = Figure().subplots()
     plot.draw_surface(axis, knots, points, 1.0, np.array([[2.0, 0.0], [2.5, 0.0]]))
     (image,) = axis.images
     values = np.asarray(image.get_array())
@@ -190,7 +190,6 @@ def test_the_first_input_of_a_surface_is_drawn_across():
     assert (low, high) == (-2, 2) and (across, up) == (96, 48) and values.max() == 1
     inside, outside = (part.get_offsets().tolist() for part in axis.collections)
     assert (inside, outside) == ([[2.0, 0.0]], [[2.5, 0.0]])
-    plt.close(figure)
 
 
 def test_damaged_logs(tmp_path):

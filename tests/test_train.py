@@ -497,8 +497,10 @@ def start(config, *more):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("options", [dict(), dict(optimizer="muon", schedule="wsd", mlp="swiglu")])
+@pytest.mark.parametrize(
+    "number, options",
+    [(signal.SIGTERM, dict()), (signal.SIGINT, dict(optimizer="muon", schedule="wsd", mlp="swiglu"))],
+)
 def test_stopped_and_resumed_is_bitwise_the_same(tiny, number, options):
     config = tiny("killed", max_steps=300, eval_interval=80, dropout=0.1, micro_batch=4, log_interval=1, **options)
     process = start(config)
