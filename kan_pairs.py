@@ -37,6 +37,7 @@ import kan_layer
 import kan_parameterizations
 from kan_layer import (
     at_least_float32,
+    bag_has_half_gradients,
     check_arguments,
     check_cpp,
     deviations,
@@ -84,7 +85,7 @@ def dense(x, table, spline_width, dtype):
     """A @ C with A (B, P N^2), every knot's weight, written out, some tokens at a time: B P N^2 O multiply-adds, all in
     matrix products. Saves only x."""
     if kan_kernels.exporting():  # whole, or how many chunks there are would be a guard on the number of tokens
-        return weights(*weights_along(x, table.shape[1], spline_width), dtype) @ table.to(dtype).flatten(0, 2)
+        return knot_weights(*weights_along(x, table.shape[1], spline_width), dtype) @ table.to(dtype).flatten(0, 2)
     return WeightMatmul.apply(x, table, spline_width, dtype)
 
 
@@ -94,7 +95,7 @@ def weights_along(x, N, spline_width):
     return hats(i, t, N, x.dtype).unflatten(1, (-1, 2)).unbind(2)
 
 
-def weights(first, second, dtype):
+def knot_weights(first, second, dtype):
     """A (B, P N^2)."""
     return (first.unsqueeze(3) * second.unsqueeze(2)).to(dtype).flatten(1)
 
@@ -108,7 +109,7 @@ class WeightMatmul(torch.autograd.Function):
         ctx.spline_width, ctx.dtype = spline_width, dtype
         rows, outputs = table.to(dtype).flatten(0, 2), []
         for chunk in split_tokens(x, hat_chunk(x, table)):
-            outputs.append(weights(*weights_along(chunk, table.shape[1], spline_width), dtype) @ rows)
+            outputs.append(knot_weights(*weights_along(chunk, table.shape[1], spline_width), dtype) @ rows)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
@@ -120,7 +121,7 @@ class WeightMatmul(torch.autograd.Function):
         for chunk, g_chunk in zip(split_tokens(x, tokens), split_tokens(g, tokens), strict=True):
             first, second = weights_along(chunk, N, ctx.spline_width)
             if ctx.needs_input_grad[1]:
-                part = at_least_float32(weights(first, second, dtype).t() @ g_chunk)
+                part = at_least_float32(knot_weights(first, second, dtype).t() @ g_chunk)
                 grad_table = part if grad_table is None else grad_table + part
             if ctx.needs_input_grad[0]:
                 along = at_least_float32(g_chunk @ rows.t()).view(-1, P, N, N).to(x.dtype)
@@ -293,8 +294,9 @@ class KANPairLayer(nn.Module):
             check_cpp(x)
         with without_autocast(device):
             x_flat = at_least_float32(x).reshape(-1, self.in_features)
-            # Half precision is for matrix units, which CPUs mostly lack.
-            dtype = x_flat.dtype if device == "cpu" else out_dtype
+            # Half precision is for matrix units, which CPUs mostly lack, and for a bag that has gradients in it.
+            whole = device == "cpu" or (impl == "embedding_bag" and not bag_has_half_gradients(device, out_dtype))
+            dtype = x_flat.dtype if whole else out_dtype
             y = IMPLS[impl](x_flat, self.control_points(), self.spline_width, dtype)
         return y.to(out_dtype).view(*x.shape[:-1], self.out_features)
 
