@@ -87,6 +87,7 @@ def test_the_tables_of_the_results_are_those_of_the_runs(ours, section, panel, k
         ("Equal seconds", "decay", "seconds", leads.KANS_OF_PAIRS, [leads.SMALLER], SIZES_OF_SURFACES),
         ("As large, too", "as_large", "seconds", leads.KANS_AS_LARGE, [leads.LARGE, leads.SMALLER], SIZES),
         ("Of pairs, in equal tokens", "pairs_tokens", "tokens", ["kan_pairs"], [leads.SMALLER], {"0.2M": 7.45e5}),
+        ("As large, in equal tokens", "pairs_tokens", "tokens", ["kan_pairs_84_wide"], [leads.LARGE], {"0.2M": 1.98e5}),
     ],
 )
 def test_so_are_those_of_pairs(plans, section, plan, equal, arms, kinds, sizes):
