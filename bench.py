@@ -475,11 +475,11 @@ def saved_bytes(block, C, device="cpu", dtype=torch.float32):
 
 def models(options):
     recipe = dict(kan_control_points=7, kan_gate=True, kan_parameterization="whitened")
-    surfaces = dict(kan_pairs=True, kan_control_points=9, kan_width=5.0, kan_parameterization="whitened")
+    of_pairs = dict(kan_pairs=True, kan_control_points=9, kan_width=5.0, kan_parameterization="whitened")
     kan, mlp = "shakespeare_char_cpu_kan.toml", "shakespeare_char_cpu_mlp.toml"
     arms = {
         "KAN, N = 7, gate, whitened": (kan, recipe),
-        "KAN of surfaces, 9 x 9, whitened": (kan, surfaces),
+        "KAN of surfaces, 9 x 9, whitened": (kan, of_pairs),
         "KAN, N = 8": (kan, {}),
         "KAN, N = 32": (kan, dict(kan_control_points=32)),
         "gelu MLP": (mlp, {}),

@@ -85,14 +85,14 @@ def dense(x, table, spline_width, dtype):
     """A @ C with A (B, P N^2), every knot's weight, written out, some tokens at a time: B P N^2 O multiply-adds, all in
     matrix products. Saves only x."""
     if kan_kernels.exporting():  # whole, or how many chunks there are would be a guard on the number of tokens
-        return knot_weights(*weights_along(x, table.shape[1], spline_width), dtype) @ table.to(dtype).flatten(0, 2)
+        N = table.shape[1]
+        return knot_weights(*weights_along(*locate(x, N, spline_width), N), dtype) @ table.to(dtype).flatten(0, 2)
     return WeightMatmul.apply(x, table, spline_width, dtype)
 
 
-def weights_along(x, N, spline_width):
-    """(B, P, N) for either input of a pair: the weights of its knots."""
-    i, t = locate(x, N, spline_width)
-    return hats(i, t, N, x.dtype).unflatten(1, (-1, 2)).unbind(2)
+def weights_along(i, t, N):
+    """(B, P, N) for either input of a pair: the weights of its knots, from intervals and positions (B, F)."""
+    return hats(i, t, N, t.dtype).unflatten(1, (-1, 2)).unbind(2)
 
 
 def knot_weights(first, second, dtype):
@@ -107,9 +107,9 @@ class WeightMatmul(torch.autograd.Function):
     def forward(ctx, x, table, spline_width, dtype):
         ctx.save_for_backward(x, table)
         ctx.spline_width, ctx.dtype = spline_width, dtype
-        rows, outputs = table.to(dtype).flatten(0, 2), []
+        N, rows, outputs = table.shape[1], table.to(dtype).flatten(0, 2), []
         for chunk in split_tokens(x, hat_chunk(x, table)):
-            outputs.append(knot_weights(*weights_along(chunk, table.shape[1], spline_width), dtype) @ rows)
+            outputs.append(knot_weights(*weights_along(*locate(chunk, N, spline_width), N), dtype) @ rows)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
@@ -119,7 +119,8 @@ class WeightMatmul(torch.autograd.Function):
         rows, grad_table, grad_x = table.to(dtype).flatten(0, 2), None, []
         tokens = hat_chunk(x, table)
         for chunk, g_chunk in zip(split_tokens(x, tokens), split_tokens(g, tokens), strict=True):
-            first, second = weights_along(chunk, N, ctx.spline_width)
+            i, t = locate(chunk, N, ctx.spline_width)
+            first, second = weights_along(i, t, N)
             if ctx.needs_input_grad[1]:
                 part = at_least_float32(knot_weights(first, second, dtype).t() @ g_chunk)
                 grad_table = part if grad_table is None else grad_table + part
@@ -127,7 +128,6 @@ class WeightMatmul(torch.autograd.Function):
                 along = at_least_float32(g_chunk @ rows.t()).view(-1, P, N, N).to(x.dtype)
                 sides = (along @ second.unsqueeze(3)).squeeze(3), (first.unsqueeze(2) @ along).squeeze(2)  # (B, P, N)
                 slopes = torch.stack(sides, dim=2).flatten(1, 2).diff(dim=2)  # (B, F, N - 1)
-                i, _ = locate(chunk, N, ctx.spline_width)
                 grad_x.append(slopes.gather(2, i.unsqueeze(2)).squeeze(2) * ((N - 1) / ctx.spline_width))
         grad_x = torch.cat(grad_x) if grad_x else None
         return grad_x, None if grad_table is None else grad_table.view_as(table).to(table.dtype), None, None

@@ -27,6 +27,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cli
 import plot
+from kan_pairs import knot_weights
 from kan_parameterizations import hats, search
 
 SHARES = (0.25, 0.5, 0.75, 0.9)  # of edges that are pruned
@@ -72,7 +73,7 @@ def look(layer, x):
         if each == 1:
             cells, weights = i[:, 0], along[:, 0]
         else:
-            cells, weights = i[:, 0] * (N - 1) + i[:, 1], (along[:, 0, :, None] * along[:, 1, None, :]).flatten(1)
+            cells, weights = i[:, 0] * (N - 1) + i[:, 1], knot_weights(along[:, :1], along[:, 1:], along.dtype)
         visits[p] = torch.bincount(cells, minlength=visits.shape[1])
         y = weights @ table[p]  # (tokens, O)
         mean = y.mean(0, keepdim=True)
