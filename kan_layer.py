@@ -692,7 +692,7 @@ class KANLayer(nn.Module):
                 fine control point gets about (N - 1) / (M - 1) of the gradient of the coarse ones around it, in these
                 proportions the first moment (Adam's exp_avg, SGD's momentum) is interpolated; the second (exp_avg_sq,
                 RMSprop's square_avg, Adagrad's sum) is what it would be if the coarse parameters' gradients had
-                nothing to do with each other.
+                nothing to do with each other. What NorMuon (muon.py) knows of rows begins anew.
 
         Returns the layer; raises ValueError for an M that is not such, a parameterization that can't be had with so
         many knots, and an optimizer's state that is neither moment; then nothing has changed.
@@ -729,6 +729,7 @@ class KANLayer(nn.Module):
             for name in moments:
                 carry = (T * T if name in SECOND_MOMENTS else T).to(device)
                 state[name] = (carry @ state[name].double()).to(state[name].dtype)
+            state.pop("row_squares", None)
             if state:
                 optimizer.state[self.kan_weight] = optimizer.state.pop(old)
         return self

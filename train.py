@@ -86,8 +86,8 @@ class TrainConfig:
     micro_batch: int = 0  # most sequences in one forward; 0: as many as make 32,768 tokens
     max_steps: int = 2000
     # The optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the 2-D matrices inside the blocks
-    table_optimizer: Literal["adamw", "muon"] = "adamw"  # of the splines' control points, muon with a higher rate
+    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"  # muon and normuon: of the 2-D matrices inside the blocks
+    table_optimizer: Literal["adamw", "muon", "normuon"] = "adamw"  # of the splines; the others with a higher rate
     muon_momentum: float = 0.95  # runs of a thousand steps like 0.8 to 0.9 better (docs/results.md)
     learning_rate: float = 3e-3
     table_learning_rate: float = 3e-4  # of the splines' control points
@@ -182,7 +182,7 @@ def divide_batch(config, world):
 
 
 def make_optimizers(model, config, device):
-    """AdamW for everything, or Muon (see muon.py) for the matrices inside the blocks, for the tables, or for both.
+    """AdamW for everything, or Muon or NorMuon (see muon.py) for the matrices inside the blocks, the tables, or both.
 
     Every parameter group carries its peak learning rate; the loop scales all by one schedule. Muon is the first.
     """
@@ -192,11 +192,12 @@ def make_optimizers(model, config, device):
     matrices = dict(params=parameters["matrices"], lr=lr, weight_decay=decay)
     embeddings = dict(params=parameters["embeddings"], lr=lr, weight_decay=decay)
     vectors = dict(params=parameters["vectors"], lr=lr, weight_decay=0.0)
-    groups = dict(muon=[], adamw=[])
+    groups = dict(muon=[], normuon=[], adamw=[])
     groups[config.table_optimizer].append(tables)
     groups["adamw"] += [embeddings, vectors]
     groups[config.optimizer].append(matrices)
-    by_muon, by_adamw = ([group for group in groups[kind] if group["params"]] for kind in groups)
+    muons, normuons, by_adamw = ([group for group in groups[kind] if group["params"]] for kind in groups)
+    by_muon = muons + [dict(group, row_beta=0.95) for group in normuons]
     optimizers = [muon.Muon(by_muon, momentum=config.muon_momentum)] if by_muon else []
     fused = device.type in ("cuda", "cpu")
     optimizers.append(torch.optim.AdamW(by_adamw, betas=(config.beta1, config.beta2), fused=fused))
@@ -311,7 +312,7 @@ def _train(config, world, device):
     world.print(f"dtype: {str(dtype).removeprefix('torch.')} ({reason})")
     given = [f.name for f in fields(config) if getattr(config, f.name) != f.default]
     kan = config.mlp == "kan"
-    by_muon = config.optimizer == "muon" or (kan and config.table_optimizer == "muon")
+    by_muon = config.optimizer != "adamw" or (kan and config.table_optimizer != "adamw")
     unused = (() if kan else ("kan_", "table_")) + (() if by_muon else ("muon_",))
     ignored = [name for name in given if name.startswith(unused)]
     if ignored:
@@ -440,7 +441,7 @@ def _train(config, world, device):
                 break
             if step in config.kan_refine_at:
                 losses = [evaluate(fast_model, data, starts, micro_batch, context, device, world)[0]]
-                tables_by = optimizers[0 if config.table_optimizer == "muon" else -1]
+                tables_by = optimizers[-1 if config.table_optimizer == "adamw" else 0]
                 for layer in model.kan_layers():
                     layer.refine(optimizer=tables_by)
                 model_config = config.model_config(data.vocab_size, step + 1)

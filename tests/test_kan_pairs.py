@@ -318,7 +318,7 @@ def test_a_gpt_of_pairs_sees_products_of_channels():
 
 def test_it_trains_and_is_loaded_by_its_control_points(tiny):
     """In whitened coordinates, by AdamW and by Muon."""
-    for optimizer in ("adamw", "muon"):
+    for optimizer in ("adamw", "muon", "normuon"):
         config = tiny(kan_pairs=True, kan_control_points=4, kan_gate=True, kan_parameterization="whitened")
         config = replace(
             config,

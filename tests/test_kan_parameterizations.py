@@ -603,7 +603,7 @@ def test_refining_in_training_leaves_the_loss_alone(tiny, capsys):
     assert saved["model"]["kan_control_points"] == 9 and saved["train"]["kan_control_points"] == 3
 
 
-@pytest.mark.parametrize("table_optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("table_optimizer", ["adamw", "muon", "normuon"])
 @pytest.mark.parametrize("stop", [5, 7, 9])
 def test_a_refined_run_resumes_bitwise(tiny, stop, table_optimizer):
     options = dict(kan_control_points=3, kan_refine_at=(5, 8), decay_steps=12, table_optimizer=table_optimizer)

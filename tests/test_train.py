@@ -284,7 +284,9 @@ def test_what_is_not_the_runs_own_is_not_moved(tiny, tmp_path, monkeypatch):
         dict(kan_hidden=8, position="learned", qk_norm=True, qk_gain=1.0, norm="rmsnorm"),
     ],
 )
-@pytest.mark.parametrize("optimizer, table_optimizer", [("adamw", "adamw"), ("muon", "adamw"), ("muon", "muon")])
+@pytest.mark.parametrize(
+    "optimizer, table_optimizer", [("adamw", "adamw"), ("muon", "adamw"), ("muon", "muon"), ("normuon", "normuon")]
+)
 def test_other_models_and_optimizers_learn(tiny, options, optimizer, table_optimizer):
     how = dict(optimizer=optimizer, table_optimizer=table_optimizer, schedule="wsd", max_steps=40, learning_rate=1e-2)
     result = train.train(tiny(**how, **options))
@@ -299,16 +301,18 @@ def test_table_and_matrix_rates_are_apart(tiny):
     assert rates[(16,)] == (3e-3, 0.1) and rates[()] == (3e-3, 0.0)  # a matrix, a norm
 
 
-@pytest.mark.parametrize("matrices", ["adamw", "muon"])
-@pytest.mark.parametrize("tables", ["adamw", "muon"])
+@pytest.mark.parametrize("matrices", ["adamw", "muon", "normuon"])
+@pytest.mark.parametrize("tables", ["adamw", "muon", "normuon"])
 def test_each_optimizer_has_what_it_is_told(tiny, matrices, tables):
     config = tiny(optimizer=matrices, table_optimizer=tables, muon_momentum=0.8)
     optimizers = train.make_optimizers(GPT(config.model_config(30)), config, torch.device("cpu"))
     has = {type(o): {p.dim() for group in o.param_groups for p in group["params"]} for o in optimizers}
-    by_muon = {dim for dim, kind in ((2, matrices), (3, tables)) if kind == "muon"}
-    assert has.get(muon.Muon, set()) == by_muon
-    assert has[torch.optim.AdamW] == {1, 2} | ({3} - by_muon)  # embeddings and norms always
-    assert not by_muon or all(group["momentum"] == 0.8 for group in optimizers[0].param_groups)
+    by_muon = {dim: kind for dim, kind in ((2, matrices), (3, tables)) if kind != "adamw"}
+    assert has.get(muon.Muon, set()) == set(by_muon)
+    assert has[torch.optim.AdamW] == {1, 2} | ({3} - set(by_muon))  # embeddings and norms always
+    for group in optimizers[0].param_groups if by_muon else ():
+        normed = by_muon[group["params"][0].dim()] == "normuon"
+        assert group["momentum"] == 0.8 and group["row_beta"] == (0.95 if normed else 0)
 
 
 def test_schedules():
@@ -409,6 +413,30 @@ def test_muon_takes_a_table_as_one_matrix():
             optimizer.step()
         found.append(p.detach().reshape(start.shape))
     assert torch.equal(*found) and not torch.equal(found[0], start)
+
+
+def test_normuon_makes_rows_equally_long():
+    """Word for word, a table whose rows' gradients differ by six decades; and one without gradients stays finite."""
+    start, grads = torch.randn(6, 5, 4).double(), torch.randn(3, 6, 5, 4).double()
+    grads *= torch.logspace(0, -6, 30, dtype=torch.float64).view(6, 5, 1)
+    table, silent = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizer = muon.Muon([table, silent], lr=0.1, weight_decay=0.5, momentum=0.9, row_beta=0.8)
+    want, buffer, average = start.clone(), torch.zeros_like(start), None
+    for grad in grads:
+        table.grad, silent.grad = grad.clone(), torch.zeros_like(grad)
+        optimizer.step()
+        buffer = 0.9 * buffer + 0.1 * grad
+        x = muon.orthogonal((0.1 * grad + 0.9 * buffer).reshape(30, 4))
+        squares = (x**2).mean(dim=1)
+        average = squares if average is None else 0.8 * average + 0.2 * squares
+        rows = x / (average.sqrt() + 1e-8)[:, None]
+        rows *= x.norm() / rows.norm()
+        want = (1 - 0.1 * 0.5) * want - 0.1 * 0.2 * 30**0.5 * rows.view(6, 5, 4)
+    assert (table - want).abs().max() < 1e-6
+    assert torch.allclose(silent, start * 0.95**3)
+    lengths = rows.norm(dim=1)
+    assert lengths.max() < 10 * lengths.min()
+    assert x.norm(dim=1).max() > 1000 * x.norm(dim=1).min()
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (20, 20), (1, 7)])
