@@ -161,9 +161,14 @@ def read_plan(path):
         if name not in arms:
             raise ValueError(f"{path}: no arm {name!r}; the arms are {', '.join(arms)}")
     for cell, content in plan.cells.items():
-        for name in [*content.get("arms", []), *content.get("tries", [])]:
+        for name in content.get("arms", []):
             if name not in arms:
                 raise ValueError(f"{path}: no arm {name!r} for cell {cell}; the arms are {', '.join(arms)}")
+        for name in content.get("tries", []):
+            if name not in plan.arms_of(cell):
+                raise ValueError(
+                    f"{path}: no arm {name!r} for cell {cell}; its arms are {', '.join(plan.arms_of(cell))}"
+                )
         if plan.reference not in plan.arms_of(cell):
             raise ValueError(f"{path}: cell {cell} needs the reference, {plan.reference}, among its arms")
         tries = {name: len(plan.tries(cell, name)) for name in plan.arms_of(cell)}

@@ -410,15 +410,14 @@ class Step:
 
     def __init__(self, config_file, vocab_size=65, device="cpu", model=None, **changes):
         import train
-        from model import GPT, GPTConfig
+        from model import GPT
 
         known = train.TrainConfig.__dataclass_fields__
         arguments = cli.read_toml(Path(__file__).parent / "configs" / config_file, known)
         arguments += [f"--{key}={value}" for key, value in changes.items()]
         self.config = cli.parse(train.TrainConfig, arguments)
-        shared = {f: getattr(self.config, f) for f in GPTConfig.__dataclass_fields__ if hasattr(self.config, f)}
         torch.manual_seed(0)
-        ours = GPT(GPTConfig(**{**shared, "vocab_size": vocab_size}))
+        ours = GPT(self.config.model_config(vocab_size))
         self.flops = sum(flops for part, flops in ours.flops_per_token().items() if part != "kan_lookup")
         self.device, self.model = device, (model or ours).to(device)
         rounded = device != "cpu" or self.config.dtype == "bfloat16"

@@ -472,6 +472,11 @@ def straight_lines(layer):
     return layer.knots.to(weight.device, dtype).view(-1, 1) * slopes.to(dtype).unsqueeze(1)
 
 
+def to_float64(tensor):
+    """In float64, on the CPU, for what is done once: Apple's GPUs have none."""
+    return (tensor if tensor.is_meta else tensor.detach().cpu()).double()
+
+
 def normal_shares(knots):
     """(N,) in float64: the share of a unit-normal input that each knot stands for, by the trapezoid rule."""
     ends = torch.cat((knots[:1], knots, knots[-1:]))
@@ -656,14 +661,14 @@ class KANLayer(nn.Module):
 
     def _exact_control_points(self):
         """In float64, to be set again in other coordinates."""
-        p = self.kan_weight.double()
+        p = to_float64(self.kan_weight)
         return p if self.parameterization == "bspline" else self.basis().to(p.device) @ p
 
     @torch.no_grad()
     def set_control_points(self, table):
         """Set kan_weight so that the control points are table (F, N, O), computed in float64."""
-        if self.parameterization != "bspline" and table.device.type != "meta":
-            table = torch.linalg.solve(self.basis().to(table.device), table.double())
+        if self.parameterization != "bspline" and not table.is_meta:
+            table = torch.linalg.solve(self.basis(), to_float64(table))
         self.kan_weight.copy_(table)
 
     @torch.no_grad()
@@ -703,14 +708,16 @@ class KANLayer(nn.Module):
             choices = [k * (N - 1) + 1 for k in (2, 3)]
             raise ValueError(f"num_control_points must keep all {N} knots, as {choices} do, got {M}")
         old, knots = self.kan_weight, self._knots
-        device, state = old.device, {} if optimizer is None else optimizer.state.get(old, {})
+        state = {} if optimizer is None else optimizer.state.get(old, {})
         moments = [name for name, value in state.items() if torch.is_tensor(value) and value.shape == old.shape]
+        moments = [name for name in moments if name != "row_squares"]
         for name in moments:
             if name not in FIRST_MOMENTS + SECOND_MOMENTS:
                 known = ", ".join(FIRST_MOMENTS + SECOND_MOMENTS)
                 raise ValueError(f"the optimizer's state {name!r} can't be refined, only {known}; make it anew instead")
         R, coarse = kan_parameterizations.refinement(N, M), self.basis()
-        table = R.to(device) @ self._exact_control_points()
+        table = self._exact_control_points()
+        table = R.to(table.device) @ table
         try:
             self.num_control_points, self._knots = M, None if knots is None else R @ knots
             self._place()
@@ -727,8 +734,9 @@ class KANLayer(nn.Module):
             for group in optimizer.param_groups:
                 group["params"] = [self.kan_weight if p is old else p for p in group["params"]]
             for name in moments:
-                carry = (T * T if name in SECOND_MOMENTS else T).to(device)
-                state[name] = (carry @ state[name].double()).to(state[name].dtype)
+                moment = to_float64(state[name])
+                carry = (T * T if name in SECOND_MOMENTS else T).to(moment.device)
+                state[name] = (carry @ moment).to(state[name])
             state.pop("row_squares", None)
             if state:
                 optimizer.state[self.kan_weight] = optimizer.state.pop(old)

@@ -47,6 +47,7 @@ from kan_layer import (
     output_dtype,
     split_tokens,
     straight_lines,
+    to_float64,
     wants_gradient,
     without_autocast,
 )
@@ -116,7 +117,10 @@ class WeightMatmul(torch.autograd.Function):
     def backward(ctx, g):
         x, table = ctx.saved_tensors
         P, N, dtype = *table.shape[:2], ctx.dtype
-        rows, grad_table, grad_x = table.to(dtype).flatten(0, 2), None, []
+        # Along either axis, rounded after they were subtracted, as kan_layer.HatMatmul's.
+        wider = torch.promote_types(torch.promote_types(table.dtype, dtype), torch.float32)
+        down, across = (table.to(wider).diff(dim=axis).to(dtype).flatten(0, 2) for axis in (1, 2))
+        grad_table, grad_x = None, []
         tokens = hat_chunk(x, table)
         for chunk, g_chunk in zip(split_tokens(x, tokens), split_tokens(g, tokens), strict=True):
             i, t = locate(chunk, N, ctx.spline_width)
@@ -125,9 +129,10 @@ class WeightMatmul(torch.autograd.Function):
                 part = at_least_float32(knot_weights(first, second, dtype).t() @ g_chunk)
                 grad_table = part if grad_table is None else grad_table + part
             if ctx.needs_input_grad[0]:
-                along = at_least_float32(g_chunk @ rows.t()).view(-1, P, N, N).to(x.dtype)
-                sides = (along @ second.unsqueeze(3)).squeeze(3), (first.unsqueeze(2) @ along).squeeze(2)  # (B, P, N)
-                slopes = torch.stack(sides, dim=2).flatten(1, 2).diff(dim=2)  # (B, F, N - 1)
+                by_first = at_least_float32(g_chunk @ down.t()).view(-1, P, N - 1, N).to(x.dtype)
+                by_second = at_least_float32(g_chunk @ across.t()).view(-1, P, N, N - 1).to(x.dtype)
+                sides = (by_first @ second.unsqueeze(3)).squeeze(3), (first.unsqueeze(2) @ by_second).squeeze(2)
+                slopes = torch.stack(sides, dim=2).flatten(1, 2)  # (B, F, N - 1)
                 grad_x.append(slopes.gather(2, i.unsqueeze(2)).squeeze(2) * ((N - 1) / ctx.spline_width))
         grad_x = torch.cat(grad_x) if grad_x else None
         return grad_x, None if grad_table is None else grad_table.view_as(table).to(table.dtype), None, None
@@ -259,22 +264,26 @@ class KANPairLayer(nn.Module):
         """
         if table.shape != self.kan_weight.shape:
             raise ValueError(f"the table must be {tuple(self.kan_weight.shape)}, got {tuple(table.shape)}")
-        if self._basis is not None and table.device.type != "meta":
-            M = self.basis().to(table.device)
-            table = torch.linalg.solve(M, table.double())
+        if self._basis is not None and not table.is_meta:
+            M, table = self.basis(), to_float64(table)
+            table = torch.linalg.solve(M, table)
             table = torch.linalg.solve(M, table.flatten(2)).view_as(table)
         self.kan_weight.copy_(table)
 
     @torch.no_grad()
-    def to_parameterization(self, name):
+    def to_parameterization(self, name, smoothness=None):
         """Learn the same surfaces in other coordinates, in place; an optimizer that knows kan_weight must be made anew.
 
-        Exact up to the rounding of kan_weight's dtype. Returns the layer; ValueError for an unknown name.
+        Exact up to the rounding of kan_weight's dtype. Returns the layer; ValueError as the constructor's.
         """
-        table = self.kan_weight.double()
+        before, table = (self.parameterization, self.smoothness), to_float64(self.kan_weight)
         if self._basis is not None:
             table = kan_kernels.change_basis(self.basis().to(table.device), table)
-        self._set_parameterization(name, None)
+        try:
+            self._set_parameterization(name, smoothness)
+        except ValueError:
+            self._set_parameterization(*before)
+            raise
         self.set_control_points(table)
         return self
 

@@ -477,16 +477,20 @@ def pick(logits, temperature, top_k, top_p, generator):
 def match_parameters(config, total):
     """The configuration nearest to `total` parameters, by the size of its MLP alone.
 
-    An MLP gets another mlp_hidden, a two-layer KAN another kan_hidden, a one-layer KAN another kan_control_points.
+    An MLP gets another mlp_hidden, a two-layer KAN another kan_hidden (of pairs an even one), a one-layer KAN another
+    kan_control_points.
     So an arm is made equal to another: match_parameters(GPTConfig(mlp="swiglu"), count(GPTConfig(mlp="kan"))).
     ValueError if the least is more than that.
     """
     knob = "mlp_hidden" if config.mlp != "kan" else "kan_hidden" if config.kan_hidden else "kan_control_points"
-    least = 2 if knob == "kan_control_points" else 1
+    step = 2 if knob == "kan_hidden" and config.kan_pairs else 1
+    least = 2 if knob == "kan_control_points" else step
     power = 2 if knob == "kan_control_points" and config.kan_pairs else 1  # in which every count goes with its knob
-    at = [count(replace(config, **{knob: value})) for value in (least, least + 1)]
-    each = (at[1] - at[0]) / ((least + 1) ** power - least**power)
-    value = round(max(0, least**power + (total - at[0]) / each) ** (1 / power))
+    at = [count(replace(config, **{knob: value})) for value in (least, least + step)]
+    each = (at[1] - at[0]) / ((least + step) ** power - least**power)
+    wanted = least**power + (total - at[0]) / each
+    below = int(max(0, wanted) ** (1 / power)) // step * step
+    value = min(below, below + step, key=lambda value: abs(value**power - wanted))
     if value < least:
         raise ValueError(f"match_parameters = {total:,} can't be met: {knob} = {least} makes {at[0]:,} already")
     return replace(config, **{knob: value})

@@ -47,9 +47,10 @@ class Muon(torch.optim.Optimizer):
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                 direction = orthogonal(p.grad.lerp(buffer, momentum).flatten(0, -2))
                 if row_beta:
-                    squares = direction.square().mean(1, keepdim=True)
+                    x = direction.to(p.dtype)  # the average would stand still in bfloat16
+                    squares = x.square().mean(1, keepdim=True)
                     average = state.setdefault("row_squares", squares.clone()).lerp_(squares, 1 - row_beta)
-                    x = direction / (average.sqrt() + 1e-8)
+                    x = x / (average.sqrt() + 1e-8)
                     direction = x * (direction.norm() / x.norm().clamp(min=1e-7))
                 size = 0.2 * lr * math.sqrt(max(direction.shape))  # as large as a step of AdamW's (arXiv 2502.16982)
                 p.mul_(1 - lr * group["weight_decay"]).add_(direction.reshape(p.shape), alpha=-size)

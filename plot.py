@@ -40,6 +40,11 @@ def save_figure(figure, path, dpi=150):
     return path
 
 
+def run_name(run):
+    """As matplotlib takes it: $ begins a formula, and what begins with _ is left out of a legend."""
+    return Path(run).name.lstrip("_").replace("$", r"\$")
+
+
 def loss_figure(runs, path, against="steps"):
     """Training loss (faint: each step; a running mean) and validation loss (dots) of runs; returns the path."""
     from matplotlib.figure import Figure  # not pyplot, which would look for a screen, and takes a second to import
@@ -54,7 +59,7 @@ def loss_figure(runs, path, against="steps"):
             "tokens": lambda r, tokens=tokens: r["step"] * tokens,
             "seconds": lambda r: r.get("seconds", 0.0),
         }[against]
-        color, name = f"C{number}", Path(run).name
+        color, name = f"C{number}", run_name(run)
         steps = [r for r in records if "train_loss" in r]
         if steps:
             smooth, mean = [], steps[0]["train_loss"]
@@ -74,7 +79,8 @@ def loss_figure(runs, path, against="steps"):
     axis.set_xlabel({"steps": "steps", "tokens": "tokens", "seconds": "seconds of training"}[against])
     axis.set_ylabel("loss, nats per token")
     axis.grid(True, linewidth=0.3)
-    axis.legend()
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend()
     return save_figure(figure, path)
 
 
@@ -258,7 +264,7 @@ def curves_figure(run, path, per_layer=6):
             row[-1].text(0, 0.1 + place * apart, label, fontsize=9, color=color)
     figure.align_ylabels(axes[:, 0])
     loss = "" if info["best_val_loss"] is None else f", best validation loss {info['best_val_loss']:.3f}"
-    title = f"{Path(run).name}: what it learned in {info['step']:,} steps{loss}"
+    title = f"{run_name(run)}: what it learned in {info['step']:,} steps{loss}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=14, color=INK, weight="bold")
     if surfaces:
         caption = (

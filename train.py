@@ -135,6 +135,10 @@ class TrainConfig:
             raise ValueError(f"mlp_hidden is for the MLPs, got {self.mlp_hidden} with mlp = kan; leave it out")
         if not self.out_dir:
             raise ValueError("out_dir must name a folder, got ''")
+        for name in ("out_dir", "data"):
+            value = getattr(self, name)
+            if value.encode(errors="ignore").decode() != value:  # a checkpoint could not say it
+                raise ValueError(f"{name} must be a name in UTF-8, got {value!r}")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63, got {self.seed}")
 
@@ -401,13 +405,16 @@ def _train(config, world, device):
             move_aside(config.out_dir)
         held = lock(config.out_dir)
         checkpoint.remove_unfinished(config.out_dir)
-        header = dict(config=asdict(config), model=asdict(model_config), parameters=counts, flops_per_token=flops)
+        with torch.device("meta"):  # as the run began: a resumed one may have been refined
+            first = GPT(config.model_config(data.vocab_size))
+        header = dict(config=asdict(config), model=asdict(first.config), parameters=first.count_parameters())
+        header.update(flops_per_token=first.flops_per_token())
         header.update(git=git_hash(), python=platform.python_version(), torch=torch.__version__, started=time.time())
         header.update(device=str(device), dtype=str(dtype), processes=world.size, seed=config.seed, resumed_at=step)
         header.update(cpu=cpu_name(), threads=torch.get_num_threads())
         header.update(matmul_gflops=matmul_gflops() if device.type == "cpu" else None)
         log = Log(config, header, step)
-    record = log.pending if log and log.pending else dict(step=step)
+    record = log.pending if log and log.pending else dict(step=step, seconds=seconds)
     evaluated = world.sum([float("val_loss" in record)], device)[0] > 0  # where a resumed run had been before
 
     # From here on a signal lets the step finish, saves and stops; a second Ctrl-C stops at once.

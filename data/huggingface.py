@@ -49,6 +49,8 @@ def documents(options, path, name, field):
         while (row := next(rows, None)) is not None:
             if field not in row:
                 raise KeyError(f"the documents have no {field!r}; their fields are {', '.join(row)}")
+            if not isinstance(row[field], str | None):
+                raise TypeError(f"{field} is {type(row[field]).__name__}, not text")
             if row[field]:
                 yield row[field]
     except Exception as error:  # from five libraries; none is ours to handle but to report

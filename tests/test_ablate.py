@@ -403,6 +403,10 @@ def test_stopped_it_goes_on_where_it_was(plan, tmp_path, number):
         (("{table_learning_rate = 1e-2}", "3"), ["arm kan: tries: item 1 of list is not a dict"]),
         (("[base]", "[base]\ntries = [{}]"), ["unknown option tries"]),
         (("[arms.relu2]", "[cells.a]\ntries.ka = [{}]\n[arms.relu2]"), ["no arm 'ka' for cell a"]),
+        (
+            ("[arms.relu2]", '[cells.a]\narms = ["relu2", "kan"]\ntries.gelu = [{}]\n[arms.relu2]'),
+            ["no arm 'gelu' for cell a; its arms are relu2, kan"],
+        ),
         (("[arms.relu2]", "[cells.a]\ntries = [{}]\n[arms.relu2]"), ["cell a: tries: list is not a dict"]),
         (
             ("[arms.relu2]", "[cells.a]\ntries.kan = 3\n[arms.relu2]"),

@@ -297,6 +297,8 @@ def test_hugging_face_mistakes(script, tmp_path):
     assert_one_line(script(prepare, "--data-files=a.csv", out, env=env), "a.csv is neither .parquet nor")
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     assert_one_line(script(prepare, "--data-files=a.jsonl", out, env=env), "no 'text'", "body")
+    (tmp_path / "b.jsonl").write_text('{"text": ["x"]}\n')
+    assert_one_line(script(prepare, "--data-files=b.jsonl", out, env=env), "text is list, not text")
     assert_one_line(script(prepare, "--tokenizer=char", out, env=env), "choose gpt2, train or byte")
     assert "--data-files takes local files" in script(prepare, "--tokenizer=byte", out, env=env).stderr
     assert not (tmp_path / "d" / "meta.json").exists()

@@ -227,6 +227,22 @@ def test_many_tokens_in_chunks_match_the_reference(impl, monkeypatch):
     assert_matches_reference(*make(45, 3, 5, 4, impl=impl))
 
 
+@pytest.mark.parametrize("N", [4, 9, 32])
+def test_dense_in_bfloat16_loses_no_slopes(N):
+    """As on a GPU: of surfaces that are nearly planes, whose neighbouring control points differ by little."""
+    layer, x, g = make(50, 4, N, 24)
+    x = x.clamp(-2, 2)  # further out the forward's own rounding grows
+    planes = layer.knots.view(N, 1, 1) + layer.knots.view(1, N, 1) * torch.randn(4, 1, 1, 24).double()
+    table = (planes + 0.01 * layer.kan_weight.detach()).float()
+    found = []
+    for impl, dtype in ((kan_pairs.dense, torch.bfloat16), (kan_pairs.embedding, torch.float64)):
+        x_, table_ = (a.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for a in (x, table))
+        y = impl(x_, table_, layer.spline_width, dtype)
+        found.append([y.detach(), *torch.autograd.grad(y, (x_, table_), g.to(dtype))])
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() < 4e-3 * want.norm()
+
+
 def test_dense_saves_only_its_inputs():
     layer, x, _ = make(20, 3, 5, 4, impl="dense")
     saved = []
@@ -278,6 +294,15 @@ def test_per_sample_gradients():
 def test_constructor_says_what_is_allowed(arguments, message):
     with pytest.raises(ValueError, match=message):
         KANPairLayer(**{**dict(in_features=4, out_features=3), **arguments})
+
+
+def test_coordinates_that_cannot_be_had_change_nothing():
+    layer = KANPairLayer(4, 3, num_control_points=8, spline_width=1e4)
+    with pytest.raises(ValueError, match="whitened"):
+        layer.to_parameterization("whitened")
+    assert layer.parameterization == "bspline" and layer.double()(torch.zeros(2, 4).double()).shape == (2, 3)
+    layer = KANPairLayer(4, 3).to_parameterization("whitened", smoothness=2.0)
+    assert layer.smoothness == 2.0 and layer.to_parameterization("dct").smoothness is None
 
 
 def test_wrong_inputs(monkeypatch):

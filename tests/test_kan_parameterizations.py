@@ -611,6 +611,8 @@ def test_a_refined_run_resumes_bitwise(tiny, stop, table_optimizer):
     train.train(tiny("parts", max_steps=stop, **options))
     parts = train.train(tiny("parts", resume=True, **options))
     assert parts["val_loss"] == whole["val_loss"]
+    headers = [read_log(tiny(name).out_dir)[0] for name in ("whole", "parts")]
+    assert headers[0]["parameters"] == headers[1]["parameters"]  # as it began
 
 
 def test_the_smoothness_penalty_makes_curves_smoother(tiny):

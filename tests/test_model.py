@@ -125,6 +125,7 @@ def test_a_large_swiglu_is_a_multiple_of_8_wide():
         dict(mlp="kan", kan_gate=True),
         dict(mlp="kan", kan_gate=True, kan_swiglu=True),
         dict(mlp="kan", kan_pairs=True),
+        dict(mlp="kan", kan_pairs=True, kan_hidden=6, kan_control_points=4),
     ],
 )
 @pytest.mark.parametrize("total", [300_000, 804_096, 2_376_960])
@@ -140,6 +141,14 @@ def test_match_parameters(arm, total):
     assert replace(matched, mlp_hidden=0, kan_hidden=0, kan_control_points=8) == replace(
         config, mlp_hidden=0, kan_hidden=0, kan_control_points=8
     )
+
+
+@pytest.mark.parametrize("total", [2_780, 2_918, 4_321])
+def test_matched_surfaces_are_the_nearest(total):
+    config = GPTConfig(vocab_size=30, n_layer=1, n_head=2, n_embd=8, block_size=8, kan_pairs=True)
+    sizes = {N: count(replace(config, kan_control_points=N)) for N in range(2, 20)}
+    N = match_parameters(config, total).kan_control_points
+    assert abs(sizes[N] - total) == min(abs(size - total) for size in sizes.values())
 
 
 def test_flops_by_structure():

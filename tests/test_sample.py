@@ -101,6 +101,17 @@ def test_loss_curves_of_several_runs(script, trained, tmp_path, against):
     assert (tmp_path / "a" / "b.png").stat().st_size > 10_000
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name, steps", [("lr$1_$b", 2), ("_x", 2), ("begun", 1)])
+def test_loss_curves_of_any_name(tmp_path, name, steps):
+    """Of which matplotlib would make a formula or no entry of the legend, and of a run that has no entry to make."""
+    records = [dict(config=dict(batch_tokens=8)), dict(step=0), dict(step=1, train_loss=2.0, val_loss=2.0, seconds=1.0)]
+    (tmp_path / name).mkdir()
+    lines = "".join(json.dumps(record) + "\n" for record in records[: 1 + steps])
+    (tmp_path / name / "log.jsonl").write_text(lines)
+    assert plot.loss_figure([str(tmp_path / name)], tmp_path / "a.png").stat().st_size > 5_000
+
+
 def test_curves_that_were_learned(script, trained, tmp_path):
     assert script("plot.py", trained / "kan", "--curves", "--out=c.png").returncode == 0
     assert (tmp_path / "c.png").stat().st_size > 10_000

@@ -170,6 +170,8 @@ def test_mistakes_end_in_one_line(script, tiny, tmp_path):
     assert_one_line(script("train.py", *good, "--learning_rate=nan"), "learning_rate must be above 0, got nan")
     assert_one_line(script("train.py", *good, "--weight_decay=inf"), "weight_decay must be finite, got inf")
     assert_one_line(script("train.py", *good, "--out_dir="), "out_dir must name a folder")
+    with pytest.raises(ValueError, match="out_dir must be a name in UTF-8"):
+        replace(tiny(), out_dir=os.fsdecode(b"run\xff")).check()
     typed = script("train.py", *good, "--max_steps=many")
     assert typed.returncode == 2 and "--max-steps" in typed.stderr and "Traceback" not in typed.stderr
     assert not (tmp_path / "run").exists()
@@ -437,6 +439,21 @@ def test_normuon_makes_rows_equally_long():
     lengths = rows.norm(dim=1)
     assert lengths.max() < 10 * lengths.min()
     assert x.norm(dim=1).max() > 1000 * x.norm(dim=1).min()
+
+
+def test_normuon_goes_on_where_products_are_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda: True)
+    p = torch.nn.Parameter(torch.randn(129, 150))
+    make = functools.partial(muon.Muon, [p], row_beta=0.95)
+    optimizer = make()
+    for _ in range(2):
+        p.grad = torch.randn(p.shape)
+        optimizer.step()
+        assert optimizer.state[p]["row_squares"].dtype == torch.float32
+        again = make()
+        again.load_state_dict(optimizer.state_dict())
+        optimizer = again
+    assert p.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(20, 50), (50, 20), (20, 20), (1, 7)])
