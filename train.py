@@ -405,8 +405,10 @@ def _train(config, world, device):
             move_aside(config.out_dir)
         held = lock(config.out_dir)
         checkpoint.remove_unfinished(config.out_dir)
-        with torch.device("meta"):  # as the run began: a resumed one may have been refined
-            first = GPT(config.model_config(data.vocab_size))
+        first = model
+        if step and config.kan_refine_at:  # it may have been refined since it began
+            with torch.device("meta"):
+                first = GPT(config.model_config(data.vocab_size))
         header = dict(config=asdict(config), model=asdict(first.config), parameters=first.count_parameters())
         header.update(flops_per_token=first.flops_per_token())
         header.update(git=git_hash(), python=platform.python_version(), torch=torch.__version__, started=time.time())
