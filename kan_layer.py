@@ -340,6 +340,13 @@ def hat_chunk(x, table):
     return max(1, math.ceil(x.shape[0] / 8), numbers // math.prod(table.shape[:-1]))
 
 
+def rounded_slopes(table, dtype, axis=1):
+    """Differences of neighbouring control points along an axis, rounded to dtype after they were subtracted: those of
+    rounded control points, or of two rounded products, are off by 10% in bfloat16 at N = 128."""
+    wider = torch.promote_types(torch.promote_types(table.dtype, dtype), torch.float32)
+    return table.to(wider).diff(dim=axis).to(dtype)
+
+
 class HatMatmul(torch.autograd.Function):
     """y = A @ C; A is N/2 times as large as all that defines it, so the backward builds it again from x."""
 
@@ -357,10 +364,7 @@ class HatMatmul(torch.autograd.Function):
     def backward(ctx, g):
         x, table = ctx.saved_tensors
         (in_features, N, _), dtype = table.shape, ctx.dtype
-        # The slopes are rounded after they were subtracted: differences of rounded control points, or of two rounded
-        # products, are off by 10% in bfloat16 at N = 128.
-        exact = torch.promote_types(torch.promote_types(table.dtype, dtype), torch.float32)
-        slopes = table.to(exact).diff(dim=1).to(dtype).flatten(0, 1)  # (F * (N - 1), O)
+        slopes = rounded_slopes(table, dtype).flatten(0, 1)  # (F * (N - 1), O)
         grad_table, grad_x = None, []
         tokens = hat_chunk(x, table)
         for chunk, g_chunk in zip(split_tokens(x, tokens), split_tokens(g, tokens), strict=True):
@@ -709,8 +713,8 @@ class KANLayer(nn.Module):
             raise ValueError(f"num_control_points must keep all {N} knots, as {choices} do, got {M}")
         old, knots = self.kan_weight, self._knots
         state = {} if optimizer is None else optimizer.state.get(old, {})
-        moments = [name for name, value in state.items() if torch.is_tensor(value) and value.shape == old.shape]
-        moments = [name for name in moments if name != "row_squares"]
+        tensors = {name: value for name, value in state.items() if torch.is_tensor(value) and name != "row_squares"}
+        moments = [name for name, value in tensors.items() if value.shape == old.shape]
         for name in moments:
             if name not in FIRST_MOMENTS + SECOND_MOMENTS:
                 known = ", ".join(FIRST_MOMENTS + SECOND_MOMENTS)

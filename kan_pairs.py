@@ -45,6 +45,7 @@ from kan_layer import (
     locate,
     normal_shares,
     output_dtype,
+    rounded_slopes,
     split_tokens,
     straight_lines,
     to_float64,
@@ -117,9 +118,7 @@ class WeightMatmul(torch.autograd.Function):
     def backward(ctx, g):
         x, table = ctx.saved_tensors
         P, N, dtype = *table.shape[:2], ctx.dtype
-        # Along either axis, rounded after they were subtracted, as kan_layer.HatMatmul's.
-        wider = torch.promote_types(torch.promote_types(table.dtype, dtype), torch.float32)
-        down, across = (table.to(wider).diff(dim=axis).to(dtype).flatten(0, 2) for axis in (1, 2))
+        down, across = (rounded_slopes(table, dtype, axis).flatten(0, 2) for axis in (1, 2))
         grad_table, grad_x = None, []
         tokens = hat_chunk(x, table)
         for chunk, g_chunk in zip(split_tokens(x, tokens), split_tokens(g, tokens), strict=True):

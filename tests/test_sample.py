@@ -232,7 +232,8 @@ def test_the_readme_names_what_exists():
 def test_the_readmes_options_exist():
     import cli
 
-    for line in re.findall(r"^(?:\S*python|torchrun .*?) train\.py (.*)$", README, re.M):
+    texts = [README, *((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("curves.md", "results.md"))]
+    for line in re.findall(r"^(?:\S*python|torchrun .*?) train\.py (.*)$", "\n".join(texts), re.M):
         if "--help" in line:
             continue
         config = cli.parse(train.TrainConfig, line.split("#")[0].split(), toml=True)
